@@ -1,0 +1,314 @@
+"""Linear solvers are tables: the rows, the one step that applies a row, and what can be done with tables.
+
+row i:  y  = p_x . X + p_d . D + p_c . C + p_z z        where the network is evaluated, at t_i
+        d  = u_x0 x0 + u_eps eps                         the value of this row
+        x+ = q_x . X + q_d . D + q_c . C + q_z z + q_n d + noise z'
+X: past states, D: past values (newest first), C: constants, z: one normal that y and x+ share, z': a second one.
+x+ is pushed on X; d is pushed on D where `keep` says so. Coefficients are float64 NumPy when process and grid are.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax import numerics as nu
+from diffjax.numerics import PyTree
+from diffjax.types import Noise, Process, Solver
+
+FORMAT = 1  # version of a saved table
+
+
+class Rows(NamedTuple):
+    """The coefficients of a linear solver; the leading axis of every leaf is the row, a second axis the register."""
+
+    t: Any  # [n, ...] time of evaluation
+    px: Any  # [n, p, ...]
+    pd: Any  # [n, q, ...]
+    pc: Any  # [n, c, ...]
+    u: Any  # [n, 2, ...]
+    qx: Any
+    qd: Any
+    qc: Any
+    qn: Any  # [n, ...]
+    noise: Any  # [n, ...]
+    keep: Any  # [n] bool
+    accept: Any  # [n] bool
+    pz: Any = None  # [n, ...], or None in a table that shares no noise
+    qz: Any = None
+
+
+class Registers(NamedTuple):
+    """The state of a linear solver: past states, past values, constants; newest first."""
+
+    x: tuple
+    d: tuple
+    c: tuple
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """Fill `p` state registers with the start and `q` value registers with zeros."""
+
+    p: int
+    q: int
+
+    def __call__(self, x: PyTree, constants: tuple = ()) -> Registers:
+        """The registers before the first row."""
+        return Registers((x,) * self.p, (jax.tree.map(jnp.zeros_like, x),) * self.q, tuple(constants))
+
+
+def newest(state: Registers) -> PyTree:
+    """The newest state."""
+    return state.x[0]
+
+
+def step(noise: Noise, denoiser: Any, carry: Any, row: Rows) -> Any:
+    """Apply one row; see the module docstring."""
+    (xs, ds, cs), model_state = carry
+    like = xs[0]
+    if row.pz is None:
+        z = None
+    else:
+        shared = jnp.any(row.pz != 0) | jnp.any(row.qz != 0)
+        z = jax.lax.cond(shared, lambda: noise.draw(like, 0), lambda: jax.tree.map(jnp.zeros_like, like))
+    y = _combine((row.px, xs), (row.pd, ds), (row.pc, cs), z=(row.pz, z))
+    prediction, model_state, _ = denoiser.evaluate(y, row.t, state=model_state)
+    d = nu.add(nu.scale(row.u[0], prediction.x0), nu.scale(row.u[1], prediction.eps))
+    new = nu.add(_combine((row.qx, xs), (row.qd, ds), (row.qc, cs), z=(row.qz, z)), nu.scale(row.qn, d))
+    new = jax.lax.cond(
+        jnp.any(row.noise != 0),  # a deterministic row draws nothing
+        lambda x: nu.add(x, nu.scale(row.noise, noise.draw(x, 1))),
+        lambda x: x,
+        new,
+    )
+    pushed = tuple(nu.tree_where(row.keep, a, b) for a, b in zip((d, *ds[:-1]), ds, strict=True)) if ds else ()
+    return Registers((new, *xs[:-1]), pushed, cs), model_state
+
+
+def _combine(*parts: tuple[Any, tuple], z: tuple[Any, Any]) -> PyTree:
+    terms = [nu.scale(c[j], register) for c, registers in parts for j, register in enumerate(registers)]
+    return nu.add(*terms, *([nu.scale(*z)] if z[1] is not None else []))
+
+
+# ------------------------------------------------------------------------------------------------ building a table
+
+
+class Nodes(NamedTuple):
+    """A grid and the process on it, in one namespace; `t` is where a step starts, `s` where it goes.   all [n]"""
+
+    xp: Any
+    grid: Any
+    t: Any
+    s: Any
+    alpha_t: Any
+    alpha_s: Any
+    sigma_t: Any
+    sigma_s: Any
+    lam_t: Any
+    lam_s: Any
+    finite: Any  # both ends of the step have finite log-SNR
+
+
+def nodes(process: Process, grid: Any, inverse: bool = False) -> Nodes:
+    """The process at both ends of every step of a grid.
+
+    Raises: ValueError: the grid is not one axis of at least two times, is not finite, does not decrease (or, with
+    `inverse`, does not increase), or leaves [0, 1].
+    """
+    xp, (grid, _) = nu.host_float64(grid, process.params)
+    if grid.ndim != 1 or grid.shape[0] < 2:
+        raise ValueError(f"grid must be one axis of at least two times, [n + 1]; got shape {grid.shape}")
+    if not isinstance(grid, jax.core.Tracer):
+        _check_grid(np.asarray(grid, np.float64), inverse)
+    alpha, sigma, lam = process.alpha(grid), process.sigma(grid), process.log_snr(grid)
+    finite = xp.isfinite(lam)
+    return Nodes(
+        xp, grid, grid[:-1], grid[1:], alpha[:-1], alpha[1:], sigma[:-1], sigma[1:], lam[:-1], lam[1:],
+        finite[:-1] & finite[1:],
+    )  # fmt: skip
+
+
+def _check_grid(grid: np.ndarray, inverse: bool) -> None:
+    head = np.array2string(grid[:3], precision=4)
+    if not np.all(np.isfinite(grid)) or grid.min() < 0 or grid.max() > 1:
+        raise ValueError(f"grid must hold finite times in [0, 1], data at 0 and noise at 1; got {head} ...")
+    if inverse and not np.all(np.diff(grid) > 0):
+        raise ValueError(f"with inverse=True the grid must increase from data (0) to noise (1); got {head} ...")
+    if not inverse and not np.all(np.diff(grid) < 0):
+        raise ValueError(
+            f"grid must decrease from noise (1) to data (0); got {head} .... Did you mean grid[::-1]? "
+            "To run from data to noise pass inverse=True"
+        )
+
+
+def interleave(xp: Any, first: Any, second: Any) -> Any:
+    """Rows a0 b0 a1 b1 ... of two arrays [n, ...]: the two stages of every step.   [2n, ...]"""
+    both = xp.stack([xp.asarray(first), xp.asarray(second)], axis=1)
+    return both.reshape((-1, *both.shape[2:]))
+
+
+def build(
+    name: str,
+    nodes: Nodes,
+    *,
+    t: Any = None,
+    px: Any = None,
+    pd: Any = (),
+    u: Any,
+    qx: Any,
+    qd: Any = (),
+    qn: Any,
+    noise: Any = 0.0,
+    keep: Any = True,
+    accept: Any = True,
+    pz: Any = None,
+    qz: Any = None,
+    skip: Any = None,
+) -> Solver:
+    """A solver from columns; each is `[n]`, a number for all rows, or a tuple of such, one per register.
+
+    Columns that are left out are zero, `px` evaluates at the newest state, `t` at the start of each step. `skip` marks rows
+    that only copy the newest state: they are removed when the table is concrete.
+    Raises: ValueError: a coefficient is not finite, naming the method and the time.
+    """
+    xp = nodes.xp
+    t = nodes.t if t is None else t
+    n = t.shape[0]
+    column = lambda c: xp.broadcast_to(xp.asarray(c, t.dtype), (n,))
+    flag = lambda c: np.broadcast_to(c, (n,)) if isinstance(c, (bool, np.ndarray)) else c
+    registers = lambda cs: xp.stack([column(c) for c in cs], axis=1) if cs else xp.zeros((n, 0), t.dtype)
+    px = (1.0, *(0.0,) * (len(qx) - 1)) if px is None else px
+    pd = pd or (0.0,) * len(qd)
+    rows = Rows(
+        t, registers(px), registers(pd), registers(()), registers(u), registers(qx), registers(qd), registers(()),
+        column(qn), column(noise), flag(keep), flag(accept),
+        None if pz is None else column(pz), None if qz is None else column(qz),
+    )  # fmt: skip
+    if xp is np:
+        if skip is not None:
+            rows = jax.tree.map(lambda r: r[~skip], rows)
+        for field, leaf in zip(Rows._fields, rows, strict=True):
+            if leaf is not None and not np.all(np.isfinite(leaf)):
+                bad = np.flatnonzero(~np.isfinite(leaf.reshape(len(leaf), -1)).all(axis=1))[0]
+                raise ValueError(
+                    f"{name} has a coefficient that is not finite ({field}) at t = {rows.t[bad]:.6g}: alpha, sigma or a "
+                    "derivative of the process is zero or infinite there. Use a grid that stays off that end "
+                    "(start= or stop= of times.*), or a method that keeps it finite, such as ddim"
+                )
+    return Solver(rows=rows, grid=nodes.grid, init=Start(len(qx), len(qd)), step=step, read=newest)
+
+
+# --------------------------------------------------------------------------------------------- tables as values
+
+
+def compact(solver: Solver) -> Solver:
+    """Drop the oldest registers that no row reads; for tables whose coefficients are concrete."""
+    r = solver.rows
+    used = lambda *cs: max((j + 1 for c in cs for j in range(c.shape[1]) if np.any(np.asarray(c[:, j]))), default=0)
+    p, q = max(used(r.px, r.qx), 1), used(r.pd, r.qd)
+    rows = r._replace(px=r.px[:, :p], qx=r.qx[:, :p], pd=r.pd[:, :q], qd=r.qd[:, :q])
+    if rows.pz is not None and not (np.any(np.asarray(rows.pz)) or np.any(np.asarray(rows.qz))):
+        rows = rows._replace(pz=None, qz=None)
+    return dataclasses.replace(solver, rows=rows, init=Start(p, q))
+
+
+def pad(solver: Solver, rows: int, p: int | None = None, q: int | None = None, shared: bool | None = None) -> Solver:
+    """The same solver in a table of another shape, so that solvers of different sizes share one compilation.
+
+    The padding rows are never run: `count` says where to stop, and the loop is a `fori_loop` without reverse mode.
+
+    Args: rows: total rows.   p, q: state and value registers.   shared: whether the table has the shared-noise columns.
+    Raises: ValueError: the table does not fit.
+    """
+    r = solver.rows
+    n, p0, q0 = r.t.shape[0], r.px.shape[1], r.pd.shape[1]
+    p, q = p or p0, q0 if q is None else q
+    shared = r.pz is not None if shared is None else shared
+    if rows < n or p < p0 or q < q0 or (r.pz is not None and not shared):
+        raise ValueError(
+            f"a table of {n} rows, p={p0}, q={q0}, shared noise {r.pz is not None} does not fit into rows={rows}, p={p}, "
+            f"q={q}, shared={shared}; give sizes at least as large"
+        )
+    xp = nu.namespace(r)
+    wide = lambda c, k: xp.concatenate([c, xp.zeros((n, k - c.shape[1], *c.shape[2:]), c.dtype)], axis=1)
+    zero = xp.zeros_like(r.qn)
+    r = r._replace(px=wide(r.px, p), qx=wide(r.qx, p), pd=wide(r.pd, q), qd=wide(r.qd, q))
+    if shared and r.pz is None:
+        r = r._replace(pz=zero, qz=zero)
+    extend = lambda a, m: xp.concatenate([a, xp.broadcast_to(a[-1:], (m, *a.shape[1:]))])
+    count = n if solver.count is None else solver.count
+    return dataclasses.replace(
+        solver,
+        rows=jax.tree.map(lambda a: extend(a, rows - n), r),
+        grid=extend(solver.grid, rows + 1 - solver.grid.shape[0]),
+        count=np.int32(count),
+        init=Start(p, q),
+    )
+
+
+def stack(solvers: list[Solver]) -> Solver:
+    """Solvers of any size as one, with a leading axis to `jax.vmap` over: `vmap(sample, (None, None, 0, None))`.
+
+    All tables are run to the length of the longest (rows that copy fill the shorter ones), so reverse mode works.
+    """
+    rows = max(s.evaluations for s in solvers)
+    p = max(s.rows.px.shape[1] for s in solvers)
+    q = max(s.rows.pd.shape[1] for s in solvers)
+    shared = any(s.rows.pz is not None for s in solvers)
+    padded = [_idle(pad(s, rows, p, q, shared), s.evaluations) for s in solvers]
+    xp = nu.namespace([s.rows for s in padded])
+    return jax.tree.map(lambda *leaves: xp.stack(leaves), *padded)
+
+
+def _idle(solver: Solver, n: int) -> Solver:
+    """Padding rows that copy the newest state, so that they may be run."""
+    r = solver.rows
+    xp = nu.namespace(r)
+    real = np.arange(r.t.shape[0]) < n
+    zero = lambda c: c * xp.asarray(expand_rows(real, c), c.dtype)
+    first = np.zeros(r.qx.shape[1])
+    first[0] = 1.0
+    copies = xp.asarray(expand_rows(~real, r.qx) * expand_rows(first[None], r.qx), r.qx.dtype)
+    r = r._replace(
+        qx=zero(r.qx) + copies, qd=zero(r.qd), qc=zero(r.qc), qn=zero(r.qn), noise=zero(r.noise), keep=r.keep & real,
+        accept=r.accept & real, qz=None if r.qz is None else zero(r.qz), pz=None if r.pz is None else zero(r.pz),
+    )  # fmt: skip
+    return dataclasses.replace(solver, rows=r, count=None)
+
+
+def expand_rows(a: Any, like: Any) -> Any:
+    """`a` with trailing axes of length one until it has the rank of `like`."""
+    return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
+
+
+def save_table(path: str | pathlib.Path, solver: Solver) -> None:
+    """Write a table as `.npz`, float64, with its format version."""
+    arrays = {k: np.asarray(v) for k, v in solver.rows._asdict().items() if v is not None}
+    with open(path, "wb") as f:  # np.savez would add a suffix to a path without one
+        np.savez(f, format=FORMAT, grid=np.asarray(solver.grid), **arrays)
+
+
+def load_table(path: str | pathlib.Path) -> Solver:
+    """Read a table written by `save_table`.
+
+    Raises: ValueError: not a table, or written by a newer version of diffjax.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            arrays = dict(f)
+    except (OSError, ValueError) as e:
+        raise ValueError(f"{path} is not a solver table written by save_table: {e}") from e
+    version = int(arrays.pop("format", -1))
+    if version < 0 or "qn" not in arrays:
+        raise ValueError(f"{path} is not a solver table written by save_table; it holds {sorted(arrays)}")
+    if version > FORMAT:
+        raise ValueError(f"{path} has table format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
+    grid = arrays.pop("grid")
+    rows = Rows(**arrays)
+    return Solver(rows=rows, grid=grid, init=Start(rows.px.shape[1], rows.pd.shape[1]), step=step, read=newest)

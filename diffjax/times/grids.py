@@ -1,0 +1,133 @@
+"""Sampling grids: decreasing times `[n+1]` whose first and last entries are exactly `start` and `stop`.
+
+Grids are NumPy float64 (JAX where the parameters of the process, or `start` or `stop`, are). A grid in log-SNR cannot
+be spaced up to an end where log-SNR is infinite: there it is spaced up to `process.ends()`, and the exact end is one more
+point.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffjax import numerics as nu
+from diffjax.types import Process, Scalar
+
+
+def check(n: Any, start: Scalar, stop: Scalar) -> None:
+    """Refuse a count that is not a positive int and ends that are not 0 <= stop < start <= 1."""
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or n < 1:
+        raise ValueError(f"n, the number of steps, must be an int >= 1; got {n!r}")
+    if any(isinstance(v, jax.core.Tracer) for v in (start, stop)):
+        return
+    if not 0 <= stop < start <= 1:
+        raise ValueError(f"a grid runs from start down to stop, 0 <= stop < start <= 1; got {start=}, {stop=}")
+
+
+def exact_ends(xp: Any, t: Any, start: Any, stop: Any) -> Any:
+    """`t` [n+1] with its first and last entries replaced, and nothing outside them."""
+    inner = xp.clip(t[1:-1], stop, start)
+    return xp.concatenate([xp.reshape(start, (1,)).astype(t.dtype), inner, xp.reshape(stop, (1,)).astype(t.dtype)])
+
+
+def _shape(n: int, start: Scalar, stop: Scalar, fraction: Callable[[np.ndarray], np.ndarray]) -> Any:
+    """`stop + (start - stop) fraction(k / n)`, with the ends set exactly."""
+    check(n, start, stop)
+    xp, (start, stop) = nu.host_float64(start, stop)
+    return exact_ends(xp, stop + (start - stop) * xp.asarray(fraction(np.arange(n + 1) / n)), start, stop)
+
+
+def uniform(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+    """Equal steps in time.   t_k = start + (k / n) (stop - start)
+
+    Example:
+        >>> uniform(4).tolist()
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return _shape(n, start, stop, lambda x: 1 - x)
+
+
+def quadratic(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+    """Steps that shrink linearly towards data.   t_k = stop + (start - stop) (1 - k / n)^2
+    Reference: arXiv:2010.02502, Appendix D.2.
+
+    Example:
+        >>> quadratic(4).tolist()
+        [1.0, 0.5625, 0.25, 0.0625, 0.0]
+    """
+    return _shape(n, start, stop, lambda x: (1 - x) ** 2)
+
+
+def cosine(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+    """Steps that shrink at both ends (Chebyshev points).   t_k = stop + (start - stop) (1 + cos(pi k / n)) / 2
+
+    Example:
+        >>> cosine(2).round(12).tolist()
+        [1.0, 0.5, 0.0]
+    """
+    return _shape(n, start, stop, lambda x: 0.5 * (1 + np.cos(math.pi * x)))
+
+
+def spaced_in_log_snr(
+    process: Process, n: int, start: Scalar, stop: Scalar, place: Callable[[Any, Any, Any, Any], Any]
+) -> Any:
+    """A grid whose log-SNR is `place(xp, low, high, x)` for `x` equally spaced in [0, 1], from `low` (noise) to `high`.
+
+    Infinite ends are replaced by those of `process.ends()` and added as points of their own.
+    """
+    check(n, start, stop)
+    xp, (start, stop, _) = nu.host_float64(start, stop, process.params)
+    low, high = process.log_snr(start), process.log_snr(stop)
+    noise, data = xp.isinf(low), xp.isinf(high)
+    before, after = noise.astype(low.dtype), data.astype(low.dtype)
+    data_bound, noise_bound = (process.log_snr(xp.asarray(t)) for t in process.ends())
+    # The other end may lie outside the bound: keep one unit of log-SNR between them.
+    low = xp.where(noise, xp.minimum(noise_bound, xp.where(data, data_bound, high) - 1), low)
+    high = xp.where(data, xp.maximum(data_bound, low + 1), high)
+    spaced = n - before - after  # intervals between finite points
+    x = xp.where(spaced > 0, (xp.asarray(np.arange(n + 1.0), low.dtype) - before) / xp.maximum(spaced, 1), 0.5)
+    return exact_ends(xp, process.time_of_log_snr(place(xp, low, high, xp.clip(x, 0.0, 1.0))), start, stop)
+
+
+def _linear(xp: Any, low: Any, high: Any, x: Any) -> Any:
+    return low + x * (high - low)
+
+
+def log_snr(process: Process, n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+    """Equal steps in log-SNR.   lambda_k = lambda_start + (k / n) (lambda_stop - lambda_start)
+
+    Args: process: any process.   n: >= 1 steps.   start, stop: 0 <= stop < start <= 1.
+    Reference: arXiv:2206.00927, Section 3.3.
+
+    Example:
+        >>> from diffjax import processes
+        >>> log_snr(processes.ve(0.01, 100.0), 4).round(12).tolist()
+        [1.0, 0.75, 0.5, 0.25, 0.0]
+    """
+    return spaced_in_log_snr(process, n, start, stop, _linear)
+
+
+def karras(process: Process, n: int, rho: Scalar = 7.0, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+    """EDM's steps in `s = sigma / alpha`.   s_k = (s_0^{1/rho} + x_k (s_1^{1/rho} - s_0^{1/rho}))^rho
+
+    Args: process: any process.   n: >= 1 steps.   rho: > 0; larger, shorter steps near data.   start, stop: as `log_snr`.
+    Raises: ValueError: a concrete `rho` that is not positive.
+    Reference: arXiv:2206.00364, Eq. 5.
+
+    Example:
+        >>> from diffjax import processes
+        >>> (80 * karras(processes.edm(), 3)).round(4).tolist()
+        [80.0, 2.5152, 0.002, 0.0]
+    """
+    if not isinstance(rho, jax.core.Tracer) and not rho > 0:
+        raise ValueError(f"rho must be > 0; got {rho!r}")
+
+    def place(xp: Any, low: Any, high: Any, x: Any) -> Any:
+        noise, data = xp.exp(-low / rho), xp.exp(-high / rho)
+        return -rho * xp.log(noise + x * (data - noise))
+
+    return spaced_in_log_snr(process, n, start, stop, place)

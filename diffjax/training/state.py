@@ -1,0 +1,107 @@
+"""The state of a training run: one frozen pytree of arrays, every leaf created with an explicit sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from diffjax.numerics import PyTree, pytree_dataclass
+from diffjax.training.ema import Ema
+
+
+@pytree_dataclass
+class TrainState:
+    """Everything that a training step reads and writes.
+
+    `step` counts the batches consumed, skipped ones included; `ema` maps a name to averaged parameters; `key` never
+    changes, each step folds its own index into it; `skipped` holds `total` and `consecutive` refused updates.
+    """
+
+    step: Any  # int32 []
+    params: PyTree
+    ema: Any  # dict[str, PyTree]
+    opt_state: PyTree
+    key: Any  # typed PRNG key []
+    skipped: Any  # {"total": int32 [], "consecutive": int32 []}
+
+    @property
+    def updates(self) -> Any:
+        """The number of updates that were applied: `step` without the skipped ones."""
+        return self.step - self.skipped["total"]
+
+
+def init_state(
+    params: PyTree,
+    optimizer: optax.GradientTransformation,
+    key: Any,
+    *,
+    emas: Mapping[str, Ema] | None = None,
+    sharding: Any = None,
+) -> TrainState:
+    """The state before the first step; nothing in it shares memory with `params`, so that it may be donated.
+
+    Args: params: pytree of arrays.   key: typed key or int seed.   emas: name -> average, as given to `make_train_step`.
+        sharding: one `Sharding` for every leaf; default: the first device.
+    Raises: ValueError: no parameters, or a leaf that is no array.
+    Example:
+        >>> state = init_state({"w": np.ones(3, np.float32)}, optax.sgd(0.1), 0)
+        >>> int(state.step), list(state.ema), state.params["w"].shape
+        (0, [], (3,))
+    """
+    leaves = jax.tree.leaves(params)
+    if not leaves or not all(hasattr(leaf, "dtype") for leaf in leaves):
+        raise ValueError(f"params must be a pytree of arrays with at least one leaf; got {jax.tree.map(type, params)}")
+    key = jax.random.key(key) if isinstance(key, int) else key
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be an int seed or a typed key from jax.random.key; got an array of {key.dtype}")
+    names = tuple(emas or ())
+
+    def build(params: PyTree, key: Any) -> TrainState:
+        # Explicit output shardings below: without them optax's step count lands on device 0 alone, and is restored there.
+        zero = jnp.zeros((), jnp.int32)
+        return TrainState(
+            step=zero,
+            params=jax.tree.map(jnp.copy, params),
+            ema={name: jax.tree.map(_wide_copy, params) for name in names},
+            opt_state=jax.tree.map(jnp.copy, optimizer.init(params)),
+            key=jnp.copy(key),
+            skipped={"total": jnp.copy(zero), "consecutive": jnp.copy(zero)},
+        )
+
+    sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.jit(build, out_shardings=sharding)(*jax.device_put((params, key), sharding))
+
+
+def place(state: TrainState, shardings: PyTree) -> TrainState:
+    """A copy of `state` laid out by `shardings` (one, or a tree of them).
+
+    `jax.device_put` alone would alias buffers that are already in place, and donating the result would delete the
+    caller's arrays; hence the copy.
+    """
+    return jax.jit(lambda s: jax.tree.map(jnp.copy, s), out_shardings=shardings)(jax.device_put(state, shardings))
+
+
+def abstract(state: PyTree, shardings: PyTree = None) -> PyTree:
+    """The shapes, dtypes and shardings of `state`, without values: the target that a checkpoint is restored into."""
+    if shardings is None:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), state)
+    if isinstance(shardings, jax.sharding.Sharding):
+        shardings = jax.tree.map(lambda _: shardings, state)
+    return jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+
+def count_params(params: PyTree) -> int:
+    """The number of numbers in a tree of parameters."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
+
+
+def _wide_copy(a: Any) -> Any:
+    """A copy in at least float32: a half-precision average cannot take small steps."""
+    if jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32:
+        return a.astype(jnp.float32)
+    return jnp.copy(a)
