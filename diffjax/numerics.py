@@ -70,6 +70,7 @@ def expand(a: Any, like: Any) -> Any:
 
     Args: a: scalar or array of rank <= that of `like`.   like: array.
     Raises: ValueError: `a` has more axes than `like`.
+
     Example:
         >>> expand(np.ones(4), np.ones((4, 8, 8, 1))).shape
         (4, 1, 1, 1)

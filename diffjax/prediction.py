@@ -161,8 +161,14 @@ class EdmTarget:
         )
 
 
-READERS = {from_x0: to_x0, from_eps: to_eps, from_v: to_v, from_velocity: to_velocity, from_score: to_score,
-           from_edm: EdmTarget()}  # constructor -> its inverse
+READERS = {
+    from_x0: to_x0,
+    from_eps: to_eps,
+    from_v: to_v,
+    from_velocity: to_velocity,
+    from_score: to_score,
+    from_edm: EdmTarget(),
+}  # constructor -> its inverse
 
 
 # --------------------------------------------------------------------------------------------- input and time codes
@@ -247,6 +253,7 @@ def denoiser(
     `(process, t) -> code`, e.g. `time_1000`, `time_log_sigma`.   dropout: fn takes `key=`, None when sampling.   aux: fn
     returns `(out, aux)`.
     Raises: ValueError: `fn` takes another number of arguments, or `params` is given to one that takes none.
+
     Example:
         >>> from diffjax import processes
         >>> d = denoiser(lambda x, t: 0.5 * x, processes.rectified(), from_x0)
@@ -284,7 +291,9 @@ def broadcast_null(null: Cond, cond: Cond, n: int) -> Cond:
 
     def leaf(z: Any, c: Any) -> jax.Array:
         if np.ndim(z) > np.ndim(c) - 1:
-            raise ValueError(f"a null condition has no batch axis; got shape {np.shape(z)} for a condition {np.shape(c)}")
+            raise ValueError(
+                f"a null condition has no batch axis; got shape {np.shape(z)} for a condition {np.shape(c)}"
+            )
         return jnp.broadcast_to(jnp.asarray(z, jnp.asarray(c).dtype), (n, *np.shape(c)[1:]))
 
     return jax.tree.map(leaf, null, cond)

@@ -50,6 +50,7 @@ def sample(
     Returns: x at the end of the grid; with `keep` a pair `(x, Trajectory)`; with `return_state` the state as last entry.
     Raises: ValueError: empty or ragged batch, integer state, condition or items of another batch size, unknown memory,
     gradients asked of a padded solver.
+
     Example:
         >>> import diffjax
         >>> p = diffjax.processes.rectified()
@@ -69,11 +70,11 @@ def sample(
     dtype = jnp.result_type(*jax.tree.leaves(x))
     rows = jax.tree.map(lambda r: _cast(r, dtype), solver.rows)
     n = solver.evaluations
-    keys = nu.item_keys(key, items)
+    origin = Noise.at(nu.item_keys(key, items), jnp.zeros((), jnp.int32))
 
     def body(carry: Any, i: Any, row: Any) -> Any:
         solving, kept, at = carry
-        solving = solver.step(Noise(keys, i), denoiser, solving, row)
+        solving = solver.step(dataclasses.replace(origin, step=i), denoiser, solving, row)
         if keep is not False:
             at = at + row.accept.astype(at.dtype)
             now = _kept(keep, solver.read(solving[0]))

@@ -138,9 +138,7 @@ class Process:
     def diffusion(self, t: PyTree) -> PyTree:
         """`g(t)^2 = 2 sigma (sigma' - sigma alpha' / alpha)`, the squared diffusion coefficient, >= 0."""
         with np.errstate(divide="ignore", invalid="ignore"):
-            return jax.tree.map(
-                lambda s, ds, f: 2 * s * (ds - s * f), self.sigma(t), self.dsigma(t), self.drift(t)
-            )
+            return jax.tree.map(lambda s, ds, f: 2 * s * (ds - s * f), self.sigma(t), self.dsigma(t), self.drift(t))
 
     def transition(self, s: Any, t: Any) -> tuple[Any, Any]:
         """`q(x_t | x_s) = N(scale x_s, variance I)` for `s < t`.   variance = -sigma_t^2 expm1(2 (lam_t - lam_s))
@@ -172,6 +170,7 @@ class Process:
         """Draw the start of a trajectory, per item.   x_1 = sigma(1) z,  z ~ N(0, I)
 
         Args: shape: `(B, ...)`, or a pytree of arrays or `ShapeDtypeStruct`.   items: [B] global indices, default arange.
+
         Example:
             >>> from diffjax import processes
             >>> processes.vp().prior(jax.random.key(0), (4, 2)).shape
@@ -291,15 +290,26 @@ Read = Callable[[PyTree, PyTree, Process, Any], Prediction]  # (network output, 
 # ------------------------------------------------------------------------------------------------------------ solver
 
 
-class Noise(NamedTuple):
-    """Where a step draws from: item keys [B] and the index of the step. `draw(like)` gives one normal per item."""
+@pytree_dataclass
+class Noise:
+    """Where a step draws from: item keys [B] and the index of the step. `draw(like)` gives one normal per item.
 
-    keys: Key
+    The keys are kept as raw words: a typed key may not pass through the `select` that `vmap` makes of `lax.cond`.
+    """
+
+    words: Any  # [B, ...] uint32
     step: Any
+    impl: Any = static(default=None)
+
+    @classmethod
+    def at(cls, keys: Key, step: Any) -> Noise:
+        """The noise of one step of the items with these keys."""
+        return cls(jax.random.key_data(keys), step, jax.random.key_impl(keys))
 
     def draw(self, like: PyTree, stream: int = 0) -> PyTree:
-        """A standard normal shaped like the state `like`; `stream` separates several draws of one step."""
-        return nu.item_normal(self.keys, 2 * self.step + stream, like)
+        """A standard normal shaped like the state `like`; `stream` (0 or 1) separates two draws of one step."""
+        keys = jax.random.wrap_key_data(self.words, impl=self.impl)
+        return nu.item_normal(keys, 2 * self.step + stream, like)
 
 
 @pytree_dataclass
@@ -365,7 +375,7 @@ class Card:
     paper: str = ""
     summary: str = ""
     order: int | None = None
-    evals: float | None = None  # network evaluations per step
+    evals: int | float | None = None  # network evaluations per step
     noise: bool = False
     exact: tuple[str, ...] = ()  # 'x0', 'eps', 'gaussian': problems that one step solves exactly
     flags: tuple[str, ...] = ()

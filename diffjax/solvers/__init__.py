@@ -30,7 +30,9 @@ _AB = "exponential Adams-Bashforth on the kept"
 
 CATALOGUE: dict[str, Card] = {
     "ddim": Card(ddim, "arXiv:2010.02502#Eq.12", "DDIM(eta), deterministic by default", 1, 1, exact=("x0", "eps")),
-    "ddpm": Card(ddpm, "arXiv:2006.11239#Eq.6", "reverse Markov chain, posterior to transition variance", 1, 1, noise=True),
+    "ddpm": Card(
+        ddpm, "arXiv:2006.11239#Eq.6", "reverse Markov chain, posterior to transition variance", 1, 1, noise=True
+    ),
     "ancestral": Card(ancestral, "arXiv:2011.13456#Eq.4", "Euler ancestral", 1, 1, noise=True),
     "euler": Card(euler, "arXiv:2210.02747#Sec.3", "Euler in t on the probability flow", 1, 1),
     "heun": Card(heun, "arXiv:2206.00364#Alg.1", "Heun in sigma / alpha", 2, 2, exact=("eps",)),
@@ -40,9 +42,16 @@ CATALOGUE: dict[str, Card] = {
     "dpmpp_3m": Card(_with(dpmpp, order=3), "arXiv:2211.01095#App.B", _DPMPP, 2, 1, exact=("x0",)),
     **{
         f"exp_ab{order}_{value.name}": Card(
-            _with(exp_ab, order=order, value=value), "arXiv:2204.13902#Eq.14", f"{_AB} {value.name}", min(order, 2), 1,
-            exact={"x0": ("x0", "eps") if order == 1 else ("x0",), "eps": ("x0", "eps") if order == 1 else ("eps",),
-                   "v": ()}[value.name],
+            _with(exp_ab, order=order, value=value),
+            "arXiv:2204.13902#Eq.14",
+            f"{_AB} {value.name}",
+            min(order, 2),
+            1,
+            exact={
+                "x0": ("x0", "eps") if order == 1 else ("x0",),
+                "eps": ("x0", "eps") if order == 1 else ("eps",),
+                "v": (),
+            }[value.name],
         )  # fmt: skip
         for value in (X0, EPS, V)
         for order in (1, 2, 3, 4)

@@ -64,11 +64,13 @@ def exp_ab(process: Process, grid: Any, order: int = 2, value: Value = X0, *, in
     Args: process: Gaussian.   grid: [n + 1].   order: 1 to 4.   value: `X0`, `EPS` or `V`.   inverse: the grid increases.
     Returns: a table of n rows, one state, `order - 1` values.
     Raises: ValueError: bad grid or order.
+
     Example:
         >>> from diffjax import processes, times
         >>> p = processes.cosine()
         >>> exp_ab(p, times.log_snr(p, 10), order=3, value=V).rows.qd.shape
         (10, 2)
+
     Reference: Zhang and Chen 2023, arXiv:2204.13902, Eq. 14-15; Hochbruck and Ostermann 2010, Section 2.
     """
     if order not in (1, 2, 3, 4):
@@ -96,7 +98,7 @@ def exp_ab(process: Process, grid: Any, order: int = 2, value: Value = X0, *, in
 def _integrals(safe: table.Nodes, k: table.Nodes, use: list[Any], order: int, value: Value) -> list[Any]:
     """`w[j][i]`: the integral over step i of kernel times the Lagrange basis of the node j steps back."""
     xp = k.xp
-    points, gauss = (xp.asarray(a, safe.lam_t.dtype) for a in QUADRATURE)
+    points, gauss = (xp.asarray(a[None], safe.lam_t.dtype) for a in QUADRATURE)
     half = (safe.lam_s - safe.lam_t)[:, None] / 2
     lam = safe.lam_t[:, None] + half * (1 + points)
     measure = half * gauss * value.kernel(safe, lam)

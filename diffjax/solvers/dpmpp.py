@@ -41,11 +41,13 @@ def dpmpp(process: Process, grid: Any, order: int = 2, *, inverse: bool = False)
     Args: process: Gaussian.   grid: [n + 1].   order: 1, 2 or 3.   inverse: the grid increases.
     Returns: a table of n rows, one state, `order - 1` values.
     Raises: ValueError: bad grid or order.
+
     Example:
         >>> from diffjax import processes, times
         >>> p = processes.vp()
         >>> dpmpp(p, times.log_snr(p, 20), order=2).evaluations
         20
+
     Reference: Lu et al. 2022, arXiv:2211.01095, Algorithm 2 and Appendix B.
     """
     if order not in (1, 2, 3):

@@ -30,14 +30,16 @@ def ddim(process: Process, grid: Any, eta: Any = 0.0, *, s_noise: Any = 1.0, inv
     `sigma_s^2 >= v`.   s_noise: factor on the noise alone.   inverse: the grid increases, from data to noise.
     Returns: a table of n rows, one state, no values.
     Raises: ValueError: bad grid, negative eta, eta > 0 with inverse.
+
     Example:
         >>> from diffjax import processes, times
         >>> ddim(processes.vp(), times.uniform(10)).evaluations
         10
+
     Reference: Song et al. 2021, arXiv:2010.02502, Eq. 12 and 16.
     """
     _nonnegative("eta", eta)
-    k = table.nodes(process, grid, inverse)
+    k = table.nodes(process, grid, inverse, (eta, s_noise))
     if _is_zero(eta):  # a branch of its own: sqrt(0 * ...) has an infinite derivative
         return table.build("ddim", k, u=(k.alpha_s, k.sigma_s), qx=(0.0,), qn=1.0)
     if inverse:
@@ -77,13 +79,14 @@ def ddpm(process: Process, grid: Any, variance: Any = 0.0) -> Solver:
     """
     if nu.namespace(variance) is np and not 0 <= float(variance) <= 1:
         raise ValueError(f"variance must be in [0, 1], 0 the posterior's and 1 the transition's; got {variance}")
-    k = table.nodes(process, grid)
+    k = table.nodes(process, grid, options=variance)
     gap = k.lam_t - k.lam_s
     gain = -k.xp.expm1(2 * gap)
     ratio = k.sigma_s / k.sigma_t
     # transition variance over posterior variance is sigma_t^2 / sigma_s^2
-    std = ratio ** (1 - variance) * k.sigma_t * nu.safe_sqrt(gain, k.xp)
-    std = k.xp.where(k.sigma_s > 0, std, 0.0)
+    noisy = k.sigma_s > 0
+    std = k.xp.where(noisy, ratio, 1.0) ** (1 - variance) * k.sigma_t * nu.safe_sqrt(gain, k.xp)
+    std = k.xp.where(noisy, std, 0.0)
     return table.build(
         "ddpm", k, u=(1.0, 0.0), qx=(ratio * k.xp.exp(gap),), qn=k.alpha_s * gain, noise=std
     )  # fmt: skip

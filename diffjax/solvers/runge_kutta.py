@@ -19,10 +19,12 @@ def heun(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
     Args: process: Gaussian.   grid: [n + 1].   inverse: the grid increases.
     Returns: a table of at most 2 n rows, one state, one value.
     Raises: ValueError: bad grid.
+
     Example:
         >>> from diffjax import processes, times
         >>> heun(processes.edm(), times.karras(processes.edm(), 18)).evaluations
         35
+
     Reference: Karras et al. 2022, arXiv:2206.00364, Algorithm 1.
     """
     k = table.nodes(process, grid, inverse)
@@ -52,7 +54,7 @@ def edm_heun(
             continue
         if not value >= 0:
             raise ValueError(f"{name} must be >= 0; got {value}")
-    k = table.nodes(process, grid)
+    k = table.nodes(process, grid, options=(s_churn, s_min, s_max, s_noise))
     xp = k.xp
     r = xp.exp(-k.lam_t)
     gamma = xp.where((r >= s_min) & (r <= s_max), xp.minimum(s_churn / k.t.shape[0], 2**0.5 - 1), 0.0)

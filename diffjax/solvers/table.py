@@ -115,13 +115,13 @@ class Nodes(NamedTuple):
     finite: Any  # both ends of the step have finite log-SNR
 
 
-def nodes(process: Process, grid: Any, inverse: bool = False) -> Nodes:
-    """The process at both ends of every step of a grid.
+def nodes(process: Process, grid: Any, inverse: bool = False, options: Any = ()) -> Nodes:
+    """The process at both ends of every step of a grid; NumPy if it, the process and the `options` are host values.
 
     Raises: ValueError: the grid is not one axis of at least two times, is not finite, does not decrease (or, with
     `inverse`, does not increase), or leaves [0, 1].
     """
-    xp, (grid, _) = nu.host_float64(grid, process.params)
+    xp, (grid, *_) = nu.host_float64(grid, process.params, options)
     if grid.ndim != 1 or grid.shape[0] < 2:
         raise ValueError(f"grid must be one axis of at least two times, [n + 1]; got shape {grid.shape}")
     if not isinstance(grid, jax.core.Tracer):

@@ -36,6 +36,7 @@ def mixture(weights: Any, means: Any, stds: Any = None, covariances: Any = None,
     Args: weights: [K], positive, normalised here.   means: [K, d].   stds: [K] or [K, d].   covariances: [K, d, d].
     labels: [K] ints for conditional models, default the index of the component.
     Raises: ValueError: shapes that do not fit, weights that are not positive, covariances that are not positive definite.
+
     Example:
         >>> mixture([1, 1], [[-1.0, 0.0], [1.0, 0.0]], stds=[0.5, 0.5]).means.shape
         (2, 2)
@@ -179,4 +180,16 @@ def oracle(m: Mixture, process: Process) -> Denoiser:
     return Denoiser(leaves=m, process=process, null=ALL, apply=_apply)
 
 
-__all__ = ["ALL", "Mixture", "draw", "flow", "gaussian", "log_density", "mixture", "oracle", "posterior", "predict", "score"]
+__all__ = [
+    "ALL",
+    "Mixture",
+    "draw",
+    "flow",
+    "gaussian",
+    "log_density",
+    "mixture",
+    "oracle",
+    "posterior",
+    "predict",
+    "score",
+]

@@ -1,0 +1,331 @@
+"""Every catalogue entry against the contract of a solver, and the table as a value."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffjax
+from diffjax import processes, solvers, times
+from diffjax.solvers import CATALOGUE
+from diffjax.testing import draw, flow, gaussian, oracle, smooth_mixture
+
+PROCESSES = {"vp": processes.vp, "cosine": processes.cosine, "sub_vp": processes.sub_vp, "ve": processes.ve,
+             "edm": processes.edm, "rectified": processes.rectified}  # fmt: skip
+DETERMINISTIC = [n for n, c in CATALOGUE.items() if not c.noise]
+MIX = smooth_mixture()
+
+
+def build(name, process, grid):
+    options = {"edm_heun": {"s_churn": 0.0}}.get(name, {})
+    return CATALOGUE[name].build(process, grid, **options)
+
+
+def run_stack(tables, denoiser, x):
+    """All tables in one compiled call, vmapped over the stack."""
+    return jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))(
+        jax.random.key(0), denoiser, solvers.stack(tables), x
+    )
+
+
+@pytest.fixture(scope="module")
+def errors():
+    """rms error of every deterministic method on cosine at 80 and 160 steps, float64: one compilation for each."""
+    process, start, stop = processes.cosine(), 0.9, 0.1
+    names = [*DETERMINISTIC, "edm_heun"]
+    with jax.enable_x64(True):
+        x, _ = draw(jax.random.key(1), MIX, 16, process, start)
+        exact = flow(MIX, process, x, start, stop)
+        out = {}
+        for n in (80, 160):
+            grid = times.log_snr(process, n, start=start, stop=stop)
+            end = run_stack([build(name, process, grid) for name in names], oracle(MIX, process), x)
+            for name, e in zip(names, np.asarray(end), strict=True):
+                out.setdefault(name, []).append(np.sqrt(((e - exact) ** 2).sum(-1).mean()))
+    return out
+
+
+@pytest.mark.parametrize("name", [*DETERMINISTIC, "edm_heun"])
+def test_measured_order_is_the_cards(name, errors):
+    a, b = errors[name]
+    assert abs(np.log2(a / b) - CATALOGUE[name].order) < 0.15, (name, errors[name])
+
+
+@pytest.mark.parametrize("name", [n for n, c in CATALOGUE.items() if c.exact])
+@pytest.mark.parametrize("kind", ["x0", "eps"])
+def test_exact_on_constant_predictions(name, kind, x64):
+    if kind not in CATALOGUE[name].exact:
+        pytest.skip(f"{name} does not claim to be exact for constant {kind}")
+    process = processes.vp()
+    constant = jnp.array([[0.7, -1.2]])
+    read = {"x0": diffjax.from_x0, "eps": diffjax.from_eps}[kind]
+    d = diffjax.denoiser(lambda x, t: jnp.broadcast_to(constant, x.shape), process, read)
+    grid = np.array([0.9, 0.55, 0.3, 0.1])
+    x = jnp.array([[2.0, 0.5]])
+    p = d(x, grid[0])  # the flow of a constant prediction keeps both halves of the first pair
+    got = diffjax.sample(jax.random.key(0), d, build(name, process, grid), x)
+    np.testing.assert_allclose(got, process.add_noise(p.x0, p.eps, grid[-1]), rtol=1e-10)
+
+
+def test_v_steps_are_exact_for_standard_normal_data(x64):
+    process = processes.vp()
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    s = build("exp_ab3_v", process, times.uniform(3, start=0.98, stop=0.02))
+    got = diffjax.sample(jax.random.key(0), oracle(gaussian([0.0, 0.0], 1.0), process), s, x)
+    np.testing.assert_allclose(got, x, rtol=1e-10)
+
+
+@pytest.fixture(scope="module")
+def endpoint_matrix():
+    """Every method x process x parameterisation from exactly t = 1 to exactly t = 0, stacked: one compilation a process."""
+    reads = {"x0": diffjax.from_x0, "eps": diffjax.from_eps, "v": diffjax.from_v, "edm": diffjax.from_edm}
+    net = lambda params, x, t, cond: params * jnp.tanh(x) + 0.1
+    x1 = jax.random.normal(jax.random.key(0), (2, 3))
+    out, refused = {}, {}
+    for pname, make in PROCESSES.items():
+        process = make()
+        tables, names = [], []
+        for name in CATALOGUE:
+            try:
+                tables.append(CATALOGUE[name].build(process, times.log_snr(process, 5)))
+                names.append(name)
+            except ValueError as e:
+                refused[pname, name] = str(e)
+        x = x1 * process.sigma(1.0)
+        for rname, read in reads.items():
+            end = run_stack(tables, diffjax.denoiser(net, process, read, 0.9), x)
+            out.update({(pname, name, rname): np.asarray(e) for name, e in zip(names, end, strict=True)})
+    return out, refused
+
+
+def test_endpoint_matrix_is_finite(endpoint_matrix):
+    out, refused = endpoint_matrix
+    assert refused == {}
+    assert len(out) == len(CATALOGUE) * len(PROCESSES) * 4
+    assert [k for k, v in out.items() if not np.all(np.isfinite(v))] == []
+
+
+@pytest.mark.parametrize("process", [processes.vp(), processes.ve(), processes.edm(), processes.rectified()],
+                         ids=["vp", "ve", "edm", "rectified"])  # fmt: skip
+def test_samples_have_the_data_distribution(process):
+    """From t = 1 to t = 0 on an exact Gaussian: mean and covariance, deterministic and stochastic methods."""
+    cov = np.array([[0.5, 0.2], [0.2, 0.3]])
+    m = gaussian([0.5, -0.25], cov)
+    n = 4096
+    x = process.prior(jax.random.key(5), (n, 2))
+    names = ["ddim", "heun", "dpmpp_2m", "dpmpp_3m", "exp_ab3_v", "exp_ab2_eps", "ddpm", "ancestral", "edm_heun"]
+    tables = [CATALOGUE[k].build(process, times.karras(process, 60)) for k in names]
+    end = run_stack(tables, oracle(m, process), x)
+    for name, e in zip(names, np.asarray(end), strict=True):
+        limit = 0.12 if name in ("ddim", "ddpm", "ancestral") else 0.06  # discretisation (order 1) + 4 standard errors
+        assert np.abs(np.cov(e.T) - cov).max() < limit, (name, np.cov(e.T))
+        assert np.abs(e.mean(0) - [0.5, -0.25]).max() < 0.07, (name, e.mean(0))
+
+
+def test_one_trace_for_all_tables_of_a_shape():
+    traces = []
+
+    def net(params, x, t, cond):
+        traces.append(1)
+        return params * x
+
+    process = processes.cosine()
+    run = jax.jit(diffjax.sample)
+    x = jnp.ones((4, 2))
+    ends = []
+    for name in ("ddim", "dpmpp_2m", "exp_ab2_v", "ddpm", "euler", "heun", "edm_heun"):
+        for n in (5, 8):
+            s = build(name, process, times.uniform(n, start=0.98))
+            s = solvers.pad(s, 16, p=1, q=1, shared=True)
+            ends.append(run(jax.random.key(0), diffjax.denoiser(net, process, diffjax.from_v, 0.5), s, x))
+    assert len(traces) == 1
+    assert len({float(e.sum()) for e in ends}) > 10
+
+
+@pytest.mark.parametrize("name", ["ddim", "dpmpp_3m", "heun", "edm_heun", "ddpm"])
+def test_padding_is_bit_equal(name):
+    process = processes.vp()
+    d = diffjax.denoiser(lambda x, t: jnp.sin(x), process, diffjax.from_v)
+    s = CATALOGUE[name].build(process, times.uniform(6))
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    run = lambda s: diffjax.sample(jax.random.key(1), d, s, x)
+    np.testing.assert_array_equal(run(s), run(solvers.pad(s, 20, p=2, q=4, shared=True)))
+    np.testing.assert_array_equal(run(s), run(solvers.compact(solvers.pad(s, s.evaluations, p=2, q=4, shared=True))))
+
+
+def test_equivalences(x64):
+    process = processes.vp()
+    grid = times.log_snr(process, 8, start=0.99, stop=0.01)
+    same = lambda a, b: jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-9, atol=1e-12), a, b)
+    d = oracle(MIX, process)
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    run = lambda s: diffjax.sample(jax.random.key(1), d, s, x)
+    same(run(solvers.ddpm(process, grid)), run(solvers.ddim(process, grid, eta=1.0)))
+    same(run(solvers.ancestral(process, grid)), run(solvers.ddim(process, grid, eta=1.0)))
+    for name in ("dpmpp_1", "exp_ab1_x0", "exp_ab1_eps"):
+        same(run(build(name, process, grid)), run(solvers.ddim(process, grid)))
+    same(run(solvers.edm_heun(process, grid, s_churn=0.0)), run(solvers.heun(process, grid)))
+    flow_ = processes.rectified()
+    euler, ddim = (f(flow_, times.uniform(5)) for f in (solvers.euler, solvers.ddim))
+    d = diffjax.denoiser(lambda x, t: jnp.cos(x), flow_, diffjax.from_velocity)
+    same(*(diffjax.sample(jax.random.key(0), d, s, x) for s in (euler, ddim)))
+    ve = processes.ve()  # Euler in sigma, by hand
+    grid = times.uniform(5)
+    d = oracle(MIX, ve)
+    y = x * 50
+    for a, b in zip(grid[:-1], grid[1:], strict=True):
+        y = y + (ve.sigma(b) - ve.sigma(a)) * d(y, a).eps
+    same(diffjax.sample(jax.random.key(0), d, solvers.ddim(ve, grid), x * 50), y)
+
+
+def test_dpmpp_2m_against_the_textbook_loop(x64):
+    """The published pseudo-code, in (alpha, sigma, lambda) and Python."""
+    process = processes.vp()
+    grid = times.uniform(7, start=0.95, stop=0.05)
+    d = oracle(MIX, process)
+    x = start = jax.random.normal(jax.random.key(0), (4, 2))
+    old = lam_old = None
+    for t, s in zip(grid[:-1], grid[1:], strict=True):
+        x0 = d(x, t).x0
+        lam_t, lam_s = process.log_snr(t), process.log_snr(s)
+        h = lam_s - lam_t
+        target = x0 if old is None else (1 + h / (2 * (lam_t - lam_old))) * x0 - h / (2 * (lam_t - lam_old)) * old
+        x = process.sigma(s) / process.sigma(t) * x - process.alpha(s) * np.expm1(-h) * target
+        old, lam_old = x0, lam_t
+    got = diffjax.sample(jax.random.key(0), d, CATALOGUE["dpmpp_2m"].build(process, grid), start)
+    np.testing.assert_allclose(got, x, rtol=1e-10)
+
+
+def test_edm_churn_against_the_textbook_loop(x64):
+    process = processes.edm()
+    grid = times.karras(process, 6)
+    d = oracle(MIX, process)
+    x = start = process.prior(jax.random.key(0), (4, 2))
+    s = solvers.edm_heun(process, grid, s_churn=3.0, s_min=0.05, s_max=50.0, s_noise=1.003)
+    got, noises = diffjax.sample(jax.random.key(0), d, s, start), {}
+    from diffjax import numerics as nu
+
+    keys = nu.item_keys(jax.random.key(0), jnp.arange(4))
+    sigma = process.sigma(grid)
+    for i in range(6):
+        gamma = min(3.0 / 6, 2**0.5 - 1) if 0.05 <= sigma[i] <= 50 else 0.0
+        hat = sigma[i] * (1 + gamma)
+        noises[i] = nu.item_normal(keys, 2 * (2 * i), x)
+        y = x + 1.003 * np.sqrt(hat**2 - sigma[i] ** 2) * noises[i]
+        slope = d(y, hat / 80.0).eps
+        x = y + (sigma[i + 1] - hat) * slope
+        if sigma[i + 1] > 0:
+            x = y + (sigma[i + 1] - hat) / 2 * (slope + d(x, grid[i + 1]).eps)
+    np.testing.assert_allclose(got, x, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", DETERMINISTIC)
+def test_inversion_returns_to_the_start(name, x64):
+    if name in ("ddpm",):
+        pytest.skip("stochastic")
+    process = processes.vp()
+    grid = times.log_snr(process, 200, start=0.9, stop=0.05)
+    d = oracle(MIX, process)
+    x = jax.random.normal(jax.random.key(0), (3, 2))
+    forward, back = (CATALOGUE[name].build(process, g, **o) for g, o in ((grid, {}), (grid[::-1], {"inverse": True})))
+    end = diffjax.sample(jax.random.key(0), d, forward, x)
+    again = diffjax.sample(jax.random.key(0), d, back, end)
+    assert np.abs(again - x).max() < (0.1 if CATALOGUE[name].order == 1 else 2e-3)
+
+
+def test_hyper_parameters_are_differentiable(x64):
+    d0 = oracle(MIX, processes.vp())
+    x = jax.random.normal(jax.random.key(0), (4, 2))
+    grid = times.uniform(6, start=0.95)
+
+    def end(beta_max, eta, churn, shift):
+        process = processes.vp(0.1, beta_max)
+        d = dataclasses.replace(d0, process=process)
+        total = 0.0
+        for s in (
+            solvers.ddim(process, grid, eta=eta),
+            solvers.ddpm(process, grid, variance=eta),
+            solvers.edm_heun(process, grid, s_churn=churn),
+            solvers.dpmpp(process, shift * jnp.asarray(grid), order=3),
+            solvers.exp_ab(process, shift * jnp.asarray(grid), order=3, value=solvers.V),
+            solvers.heun(process, shift * jnp.asarray(grid)),
+            solvers.euler(process, grid[:-1]),
+        ):
+            total += jnp.sum(diffjax.sample(jax.random.key(0), d, s, x) ** 2)
+        return total
+
+    grads = jax.jit(jax.grad(end, argnums=(0, 1, 2, 3)))(20.0, 0.5, 2.0, 0.99)
+    assert all(np.isfinite(g) and g != 0 for g in grads)
+    assert np.isfinite(jax.grad(end, argnums=1)(20.0, 0.0, 2.0, 0.99))  # sqrt(0 * ...) has no finite derivative
+    step = 1e-5
+    f = jax.jit(end)
+    numeric = (f(20.0 + step, 0.5, 2.0, 0.99) - f(20.0 - step, 0.5, 2.0, 0.99)) / (2 * step)
+    np.testing.assert_allclose(grads[0], numeric, rtol=1e-5)
+
+
+def test_traced_grid_builds_the_same_table(x64):
+    process = processes.cosine()
+    grid = times.uniform(7, start=0.97, stop=0.02)
+    for name in DETERMINISTIC:
+        host = CATALOGUE[name].build(process, grid)
+        traced = jax.jit(lambda g, name=name: CATALOGUE[name].build(process, g))(grid)
+        for a, b in zip(jax.tree.leaves(host.rows), jax.tree.leaves(traced.rows), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
+    assert isinstance(host.rows.qn, np.ndarray) and host.rows.qn.dtype == np.float64
+
+
+def test_tables_save_and_load(tmp_path):
+    process = processes.vp()
+    s = solvers.edm_heun(process, times.uniform(5))
+    solvers.save_table(tmp_path / "table.npz", s)
+    loaded = solvers.load_table(tmp_path / "table.npz")
+    jax.tree.map(np.testing.assert_array_equal, s, loaded)
+    assert loaded.step is s.step and loaded.init == s.init
+    (tmp_path / "broken.npz").write_bytes(b"no table")
+    with pytest.raises(ValueError, match="not a solver table"):
+        solvers.load_table(tmp_path / "broken.npz")
+    np.savez(tmp_path / "newer.npz", format=99, grid=s.grid, **{k: v for k, v in s.rows._asdict().items()})
+    with pytest.raises(ValueError, match="Upgrade diffjax"):
+        solvers.load_table(tmp_path / "newer.npz")
+
+
+@pytest.mark.parametrize(
+    ("grid", "message"),
+    [
+        (np.linspace(0, 1, 5), r"grid must decrease .* Did you mean grid\[::-1\]"),
+        (np.array([1.0, 0.5, 0.5, 0.0]), "grid must decrease"),
+        (np.array([1.0]), "at least two times"),
+        (np.array([[1.0, 0.0]]), "one axis"),
+        (np.array([1.0, np.nan, 0.0]), "finite times"),
+        (np.array([1000.0, 500.0, 0.0]), r"times in \[0, 1\]"),
+    ],
+)
+def test_bad_grids(grid, message):
+    with pytest.raises(ValueError, match=message):
+        solvers.ddim(processes.vp(), grid)
+
+
+def test_bad_options():
+    p, g = processes.vp(), times.uniform(4)
+    with pytest.raises(ValueError, match="order must be 1, 2 or 3"):
+        solvers.dpmpp(p, g, order=4)
+    with pytest.raises(ValueError, match="order must be"):
+        solvers.exp_ab(p, g, order=5)
+    with pytest.raises(ValueError, match="eta must be >= 0"):
+        solvers.ddim(p, g, eta=-1.0)
+    with pytest.raises(ValueError, match="the largest that fits"):
+        solvers.ddim(p, g, eta=3.0)
+    with pytest.raises(ValueError, match="deterministic"):
+        solvers.ddim(p, g[::-1], eta=1.0, inverse=True)
+    with pytest.raises(ValueError, match="variance must be in"):
+        solvers.ddpm(p, g, variance=2.0)
+    with pytest.raises(ValueError, match="s_churn must be >= 0"):
+        solvers.edm_heun(p, g, s_churn=-1.0)
+    with pytest.raises(ValueError, match="with inverse=True the grid must increase"):
+        solvers.ddim(p, g, inverse=True)
+    with pytest.raises(ValueError, match=r"euler has a coefficient that is not finite .* at t = 0"):
+        solvers.euler(p, g[::-1], inverse=True)
+    with pytest.raises(ValueError, match="does not fit"):
+        solvers.pad(solvers.dpmpp(p, g, 3), 4, q=1)
