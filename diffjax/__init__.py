@@ -2,12 +2,58 @@
 
 __version__ = "0.1.0"
 
-from diffjax import processes, solvers, testing, times, types
+import importlib
+from typing import Any
+
+from diffjax import guidance, losses, processes, solvers, testing, times, types
+from diffjax.guidance import chain
 from diffjax.prediction import denoiser, from_edm, from_eps, from_score, from_v, from_velocity, from_x0
+from diffjax.references import cite
 from diffjax.sampling import sample, sample_chunks
 from diffjax.types import Card, Denoiser, Prediction, Process, Solver
 
+_LAZY = (
+    "cli",
+    "data",
+    "metrics",
+    "networks",
+    "training",
+)  # need Flax, Grain, Orbax or scikit-learn: imported when used
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        return importlib.import_module(f"diffjax.{name}")
+    if name == "load":
+        from diffjax.cli.run import load
+
+        return load
+    raise AttributeError(f"module 'diffjax' has no attribute {name!r}")
+
+
 __all__ = [
-    "Card", "Denoiser", "Prediction", "Process", "Solver", "denoiser", "from_edm", "from_eps", "from_score", "from_v",
-    "from_velocity", "from_x0", "processes", "sample", "sample_chunks", "solvers", "testing", "times", "types",
-]  # fmt: skip
+    "Card",
+    "Denoiser",
+    "Prediction",
+    "Process",
+    "Solver",
+    "chain",
+    "cite",
+    "denoiser",
+    "from_edm",
+    "from_eps",
+    "from_score",
+    "from_v",
+    "from_velocity",
+    "from_x0",
+    "guidance",
+    "load",
+    "losses",
+    "processes",
+    "sample",
+    "sample_chunks",
+    "solvers",
+    "testing",
+    "times",
+    "types",
+]

@@ -260,33 +260,49 @@ def denoiser(
         >>> d(jnp.ones((2, 3)), 0.5).eps.shape
         (2, 3)
     """
-    arity = _arity(fn)
+    required, most = _positional(fn)
+    arity = required if params is None else 4
+    if params is not None and not required <= 4 <= most:
+        raise ValueError(
+            f"params were given, but fn takes {required} to {most} positional arguments; use fn(params, x, t, cond)"
+        )
     if arity not in (2, 3, 4):
         raise ValueError(
-            f"fn must be fn(x, t), fn(x, t, cond) or fn(params, x, t, cond); got {arity} positional arguments. "
+            f"fn must be fn(x, t), fn(x, t, cond) or fn(params, x, t, cond); got {required} positional arguments. "
             "Wrap it in a function of one of these forms"
         )
-    if params is not None and arity != 4:
-        raise ValueError(f"params were given, but fn takes {arity} arguments; use fn(params, x, t, cond)")
     network = _Network(fn, read, arity, input_scale, time, dropout, aux)
     return Denoiser(leaves=params, process=process, null=null, apply=network)
 
 
-def _arity(fn: Callable[..., Any]) -> int:
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+def _positional(fn: Callable[..., Any]) -> tuple[int, int]:
+    """How many positional arguments a function needs, and how many it takes."""
     try:
         parameters = inspect.signature(fn).parameters.values()
-    except (TypeError, ValueError):
-        return 4
-    return sum(p.kind in kinds and p.default is inspect.Parameter.empty for p in parameters)
+    except (TypeError, ValueError):  # a builtin without a signature
+        return 4, 4
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    more = any(p.kind is p.VAR_POSITIONAL for p in parameters)
+    return sum(p.default is p.empty for p in named), 4 if more else len(named)
 
 
 def broadcast_null(null: Cond, cond: Cond, n: int) -> Cond:
-    """The null condition for a batch of `n`, with the dtypes of `cond`. Raises ValueError where the two do not match."""
+    """The condition of a batch of `n` items without condition: `null` repeated, with the dtypes of `cond`.
+
+    Fields of a dict condition that `null` does not have are kept: they are never dropped (an image to continue from, say).
+
+    Raises: ValueError: `null` has fields that `cond` lacks, or a batch axis.
+
+    Example:
+        >>> broadcast_null({"label": 10}, {"label": jnp.array([1, 2]), "vector": jnp.ones((2, 1))}, 2)["label"].tolist()
+        [10, 10]
+    """
+    if isinstance(null, dict) and isinstance(cond, dict) and set(null) <= set(cond):
+        return {k: broadcast_null(null[k], c, n) if k in null else c for k, c in cond.items()}
     if jax.tree.structure(null) != jax.tree.structure(cond):
         raise ValueError(
             f"the null condition has the fields {jax.tree.structure(null)}, the condition {jax.tree.structure(cond)}; "
-            "give both the same fields"
+            "give both the same fields, or leave fields that are never dropped out of the null condition"
         )
 
     def leaf(z: Any, c: Any) -> jax.Array:

@@ -136,7 +136,16 @@ class Process:
             return jax.tree.map(lambda da, a: da / a, self.dalpha(t), self.alpha(t))
 
     def diffusion(self, t: PyTree) -> PyTree:
-        """`g(t)^2 = 2 sigma (sigma' - sigma alpha' / alpha)`, the squared diffusion coefficient, >= 0."""
+        """`g(t)^2 = 2 sigma (sigma' - sigma alpha' / alpha)`, the squared diffusion coefficient, >= 0.
+
+        At `t = 0`, where sigma' may be infinite while `sigma sigma'` is not, this is the value just beside it.
+        """
+
+        def inside(ti: Any) -> Any:
+            xp, (ti,) = nu.host_float64(ti)
+            return xp.where(ti == 0, 1e-12 if xp is np else 1e-6, ti)
+
+        t = jax.tree.map(inside, t)
         with np.errstate(divide="ignore", invalid="ignore"):
             return jax.tree.map(lambda s, ds, f: 2 * s * (ds - s * f), self.sigma(t), self.dsigma(t), self.drift(t))
 

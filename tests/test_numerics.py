@@ -34,3 +34,13 @@ def test_divide_by_zero_is_zero_with_zero_gradient():
 def test_batch_size_names_the_shapes(bad):
     with pytest.raises(ValueError, match="shape"):
         nu.batch_size(bad)
+
+
+@pytest.mark.parametrize("on_device", [False, True])
+def test_diffusion_is_finite_where_sigma_starts_like_a_root(on_device):
+    from diffjax import processes
+
+    vp = processes.vp(0.1, 20.0)
+    g2 = vp.diffusion(jnp.zeros(()) if on_device else 0.0)
+    np.testing.assert_allclose(g2, 0.1, rtol=1e-3)  # g^2 = beta(t)
+    np.testing.assert_allclose(vp.diffusion(np.array([0.0, 1.0])), [0.1, 20.0], rtol=1e-9)

@@ -104,7 +104,9 @@ def test_null_conditions():
     cond = {"label": jnp.array([1, 2]), "vector": jnp.ones((2, 3))}
     null = broadcast_null({"label": 10, "vector": np.zeros(3, np.float32)}, cond, 2)
     assert null["label"].tolist() == [10, 10] and null["vector"].shape == (2, 3)
+    kept = broadcast_null({"label": 10}, cond, 2)
+    assert kept["label"].tolist() == [10, 10] and kept["vector"] is cond["vector"]
     with pytest.raises(ValueError, match="same fields"):
-        broadcast_null({"label": 10}, cond, 2)
+        broadcast_null({"image": 10}, cond, 2)
     with pytest.raises(ValueError, match="no batch axis"):
         broadcast_null(np.zeros((2,)), jnp.array([1, 2]), 2)

@@ -12,11 +12,12 @@ import jax.numpy as jnp
 from jax.scipy.ndimage import map_coordinates
 
 from diffjax import numerics as nu
+from diffjax.types import Scalar
 
 AFFINE_PARAMETERS = ("rotation", "log_scale", "shear", "shift_x", "shift_y")
 
 
-def flip(keys: Any, x: Any, probability: float = 0.5) -> jax.Array:
+def flip(keys: Any, x: Any, probability: Scalar = 0.5) -> jax.Array:
     """Mirror each picture left to right with a probability.   x [B, H, W, C]
 
     Example:
@@ -42,22 +43,23 @@ def shift(keys: Any, x: Any, pixels: int = 1) -> jax.Array:
 def affine(
     keys: Any,
     x: Any,
-    probability: float = 0.7,
-    rotation: float = 0.12,
-    log_scale: float = 0.07,
-    shear: float = 0.12,
-    shift: float = 0.3,
+    probability: Scalar = 0.7,
+    rotation: Scalar = 0.12,
+    log_scale: Scalar = 0.07,
+    shear: Scalar = 0.12,
+    shift: Scalar = 0.3,
 ) -> tuple[jax.Array, jax.Array]:
     """A random affine map of each picture, with the vector that tells a network what was done to it.
 
     x'(p) = x(c + R(theta) e^s [[1, h], [0, 1]] (p - c) - d), bilinear, the border repeated
-    Args: x: [B, H, W, C].   probability: of a change.   rotation (radians), log_scale, shear, shift (pixels): deviations.
-    Returns: `(x', parameters [B, 5])`: the draws (theta, s, h, dx, dy) in units of their deviations, so of unit variance,
-        and exactly zero where nothing was changed. Sample with the zero vector to get unchanged pictures.
+    Args: x: [B, H, W, C].   probability: of a change.   rotation (radians), log_scale, shear, shift (pixels): their
+        standard deviations.
+    Returns: `(x', parameters [B, 5])`: the draws (theta, s, h, dx, dy) in units of their deviations, so of unit
+        variance, and exactly zero where nothing was changed. Sample with the zero vector for unchanged pictures.
     Reference: arXiv:2206.00364, appendix F.2 (augmentation conditioning).
     """
     x = _pictures(x)
-    deviations = jnp.asarray([rotation, log_scale, shear, shift, shift], x.dtype)
+    deviations = jnp.stack([jnp.asarray(d, x.dtype) for d in (rotation, log_scale, shear, shift, shift)])
 
     def one(key: Any, picture: Any) -> tuple[Any, Any]:
         decide, draw = jax.random.split(key)

@@ -1,4 +1,4 @@
-"""What a data set is: named arrays or a source that reads items, fixed splits, and the transform to model coordinates."""
+"""What a data set is: named arrays or a source that reads items, fixed splits, and a transform to model coordinates."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from diffjax.types import Scalar
 
 SPLITS = ("train", "validation", "classifier", "test")
 FRACTIONS = {"test": 0.1, "classifier": 0.1, "validation": 0.05}  # the rest is `train`
@@ -26,9 +28,10 @@ class DataError(ValueError):
 class DataTransform:
     """Between raw values and model coordinates of zero mean and unit deviation.   x = (raw - mean) / std
 
-    Args: mean, std: one number, or one per channel.   low, high: range of raw values, or None.   shape: of one raw item.
+    Args: mean, std: one number, or one per channel.   low, high: range of raw values, or None.   shape: of a raw item.
         dtype: of the raw items, "uint8" or "float32".
     Raises: ValueError: `std` not positive, or per-channel numbers that do not match the last axis of `shape`.
+
     Example:
         >>> transform = DataTransform(mean=8.0, std=4.0, low=0.0, high=16.0, shape=(2,))
         >>> transform.encode(np.array([[4.0, 8.0]])).tolist()
@@ -37,16 +40,18 @@ class DataTransform:
         [[4.0, 16.0]]
     """
 
-    mean: float | tuple[float, ...] = 0.0
-    std: float | tuple[float, ...] = 1.0
-    low: float | None = None
-    high: float | None = None
+    mean: Scalar = 0.0  # or a tuple, one number per channel; so is std
+    std: Scalar = 1.0
+    low: Scalar = None
+    high: Scalar = None
     shape: tuple[int, ...] = ()
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
         for name in ("mean", "std"):
-            value = getattr(self, name)
+            value = np.asarray(getattr(self, name), np.float64)
+            value = tuple(map(float, value)) if value.ndim else float(value)  # plain numbers: hashable, and JSON
+            object.__setattr__(self, name, value)
             if isinstance(value, tuple) and self.shape[-1:] != (len(value),):
                 raise ValueError(f"{name} has {len(value)} channels but an item has shape {self.shape}")
         if not np.all(np.asarray(self.std) > 0):
@@ -65,7 +70,7 @@ class DataTransform:
         return (raw.astype(np.float32) - mean) / std
 
     def decode(self, x: Any) -> Any:
-        """Model coordinates [..., *shape] to raw values: scaled, clipped to the range, rounded if raw items are uint8."""
+        """Model coordinates [..., *shape] to raw values: clipped to the range, rounded if raw items are uint8."""
         x = x if isinstance(x, jax.Array) else np.asarray(x)
         self._check(x)
         xp = jnp if isinstance(x, jax.Array) else np
@@ -99,7 +104,9 @@ class DataTransform:
     def from_dict(fields: Mapping[str, Any]) -> DataTransform:
         """The transform that `to_dict` wrote.   Raises: ValueError: an unknown format version or field."""
         if fields.get("format") != TRANSFORM_FORMAT:
-            raise ValueError(f"the data transform has format {fields.get('format')!r}; this version reads {TRANSFORM_FORMAT}")
+            raise ValueError(
+                f"the data transform has format {fields.get('format')!r}; this version reads {TRANSFORM_FORMAT}"
+            )
         names = {f.name for f in dataclasses.fields(DataTransform)}
         unknown = sorted(set(fields) - names - {"format"})
         if unknown:
@@ -108,10 +115,11 @@ class DataTransform:
         return DataTransform(**given)
 
 
-def fit_transform(x: np.ndarray, low: float | None = None, high: float | None = None) -> DataTransform:
+def fit_transform(x: np.ndarray, low: Scalar = None, high: Scalar = None) -> DataTransform:
     """The transform with the global mean and deviation of raw items `x`; constant data keep the deviation 1.
 
     Args: x: [N, ...] uint8 or float32.   low, high: range of the raw values; uint8 defaults to 0 and 255.
+
     Example:
         >>> fit_transform(np.array([[1.0], [3.0]], np.float32)).mean
         2.0
@@ -129,8 +137,8 @@ def fit_transform(x: np.ndarray, low: float | None = None, high: float | None = 
 class Dataset:
     """Named data with fixed splits and the transform of its items.
 
-    `arrays` holds what is in memory, each field [N, ...]; `source`, where given, reads the rest: `source[i]` is a dict of
-    the fields of item `i`. One of them gives `x`, raw, channels last; `label` is int32. `splits` are index arrays.
+    `arrays` holds what is in memory, each field [N, ...]; `source`, where given, reads the rest: `source[i]` is a dict
+    of the fields of item `i`. One of them gives `x`, raw, channels last; `label` is int32. `splits` are index arrays.
     `skipped` names the items that were unreadable and left out because that was asked for. The 2-D densities know their
     exact `log_density(x)` and `score(x)` in model coordinates, and `sample(key, n) -> (x, label)` draws fresh points.
     """
@@ -180,7 +188,7 @@ class Dataset:
         return self.splits[name]
 
     def rows(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The raw items at `indices` [n], each field [n, ...].   Raises: DataError: an item is unreadable or not finite."""
+        """Raw items at `indices` [n], each field [n, ...].   Raises: DataError: an item is unreadable or not finite."""
         out = {k: v[indices] for k, v in self.arrays.items()}
         if self.source is not None:
             items = [self.source[int(i)] for i in indices]
@@ -220,8 +228,8 @@ def check_finite(name: str, field: str, values: np.ndarray, indices: np.ndarray 
             first = start + int(np.argmin(finite))
             first = first if indices is None else int(indices[first])
             raise DataError(
-                f"field {field!r} of data set {name!r} has a NaN or an infinity, first at index {first}; clean it, or pass "
-                "on_error='skip' to leave such items out of an .npz"
+                f"field {field!r} of data set {name!r} has a NaN or an infinity, first at index {first}; clean it, or "
+                "pass on_error='skip' to leave such items out of an .npz"
             )
 
 
@@ -233,8 +241,8 @@ def from_arrays(
     seed: int = 0,
     labels: tuple[str, ...] | None = None,
     licence: str = "not stated",
-    low: float | None = None,
-    high: float | None = None,
+    low: Scalar = None,
+    high: Scalar = None,
     sizes: Mapping[str, int] | None = None,
     fields: Mapping[str, np.ndarray] | None = None,
     skipped: tuple[str, ...] = (),
@@ -244,6 +252,7 @@ def from_arrays(
     Args: x: [N, ...] channels last; uint8 stays, other numbers become float32.   label: [N] integers from 0.
         sizes: of the splits other than train, default fractions `FRACTIONS`.   fields: further arrays [N, ...].
     Raises: DataError: too few items, fields of different length, NaN or infinity, negative labels.
+
     Example:
         >>> data = from_arrays(np.arange(40.0)[:, None], np.arange(40) % 2)
         >>> {k: len(v) for k, v in data.splits.items()}
@@ -260,9 +269,7 @@ def from_arrays(
         count = int(arrays["label"].max(initial=-1)) + 1
     splits = split_indices(len(x), arrays.get("label"), seed=seed, sizes=sizes)
     transform = fit_transform(x[splits["train"]], low, high)
-    return Dataset(
-        name, arrays, splits, transform, num_classes=count, labels=labels, licence=licence, skipped=skipped
-    )
+    return Dataset(name, arrays, splits, transform, num_classes=count, labels=labels, licence=licence, skipped=skipped)
 
 
 # ------------------------------------------------------------------------------------------------------------ splits
@@ -272,6 +279,7 @@ def permutation(seed: Any, n: int) -> np.ndarray:
     """A permutation of `range(n)` that depends on `seed` (an integer or several) alone, for every NumPy version.
 
     Sorting raw bits of a counter-based generator is stable between versions; `Generator.permutation` need not be.
+
     Example:
         >>> permutation(0, 5).tolist() == permutation(0, 5).tolist(), sorted(permutation((0, 1), 3).tolist())
         (True, [0, 1, 2])
@@ -284,8 +292,8 @@ def split_indices(
 ) -> dict[str, np.ndarray]:
     """Four disjoint splits that cover `range(n)`, each with the class proportions of the whole.
 
-    `train` is what a model is trained on, `validation` chooses settings, `classifier` trains feature networks, and `test`
-    only scores. Every prefix of a split is as balanced as the whole.
+    `train` is what a model is trained on, `validation` chooses settings, `classifier` trains feature networks, and
+    `test` only scores. Every prefix of a split is as balanced as the whole.
     Raises: DataError: too few items for the splits.
     """
     sizes = {k: max(1, round(f * n)) for k, f in FRACTIONS.items()} if sizes is None else dict(sizes)
@@ -296,7 +304,7 @@ def split_indices(
         )
     order = permutation(seed, n)
     if label is not None:
-        # The r-th member of a class of m items gets the place (r + offset) / m: equal spacing makes every slice balanced.
+        # The r-th of m members of a class gets the place (r + offset) / m: equal spacing makes every slice balanced.
         place = np.empty(n)
         for c in np.unique(label):
             members = order[label[order] == c]

@@ -1,7 +1,7 @@
 """Densities of the plane with exact log-density and score: mixtures, moons, swiss roll, pinwheel, and a checkerboard.
 
-Every named density is shifted and scaled by its exact moments to zero mean and unit deviation (the root mean square over
-both axes), so that raw values, model coordinates and the formulas here are the same thing.
+Every named density is shifted and scaled by its exact moments to zero mean and unit deviation (the root mean square
+over both axes), so that raw values, model coordinates and the formulas here are the same thing.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diffjax.data.dataset import DataError, Dataset, DataTransform, split_indice
 class Density(NamedTuple):
     """A density by its exact functions; `x` is [..., d].
 
-    log_density(x) -> [...]   score(x) -> [..., d], the gradient of log_density   sample(key, n) -> (x [n, d], label [n])
+    log_density(x) -> [...]   score(x) -> [..., d], gradient of log_density   sample(key, n) -> (x [n, d], label [n])
     """
 
     log_density: Callable[[Any], Any]
@@ -40,14 +40,15 @@ def mixture(
 ) -> Density:
     """A mixture of Gaussians.   p(x) = sum_k w_k N(x; m_k, F_k F_k^T)
 
-    Args: means: [K, d].   factors: [K, d, d] square roots of the covariances (any invertible matrix), or deviations, [K]
-        or one number.   weights: [K], default equal.   groups: [K] the label of each component, default its own index.
+    Args: means: [K, d].   factors: [K, d, d] square roots of the covariances (any invertible matrix), or deviations,
+        [K] or one number.   weights: [K], default equal.   groups: [K] labels of the components, default 0..K-1.
         standardise: shift and scale to zero mean and unit deviation.
     Raises: ValueError: shapes that do not fit, weights that are not positive, or a factor that is singular.
+
     Example:
         >>> two = mixture(np.array([[-1.0, 0.0], [1.0, 0.0]]), 0.5, standardise=False)
-        >>> two.score(jnp.zeros(2)).tolist()
-        [0.0, 0.0]
+        >>> jnp.round(two.score(jnp.array([1.0, 0.5])), 3)
+        Array([-0.003, -2.   ], dtype=float32)
     """
     means = np.asarray(means, np.float64)
     if means.ndim != 2 or not means.size:
@@ -104,7 +105,7 @@ def _points(f: Callable[[Any], Any], signature: str) -> Callable[[Any], Any]:
 
 
 def _along(curve: np.ndarray, across: float) -> tuple[np.ndarray, np.ndarray]:
-    """Factors [K, 2, 2] of Gaussians on a curve [K, 2]: `across` wide, and long enough to merge with their neighbours."""
+    """Factors [K, 2, 2] of Gaussians on a curve [K, 2]: `across` wide, long enough to merge with their neighbours."""
     tangent = np.gradient(curve, axis=0)
     step = np.linalg.norm(tangent, axis=1, keepdims=True)
     tangent = tangent / step

@@ -25,8 +25,8 @@ def digits() -> Dataset:
         name="digits",
         seed=DIGITS_SEED,
         labels=tuple("0123456789"),
-        licence="UCI optical recognition of handwritten digits, test part, as shipped with scikit-learn, which states no "
-        "licence for it; the UCI repository lists CC BY 4.0",
+        licence="UCI optical recognition of handwritten digits, test part, as shipped with scikit-learn, which states "
+        "no licence for it; the UCI repository lists CC BY 4.0",
         low=0.0,
         high=16.0,
         sizes=DIGITS_SIZES,
@@ -48,7 +48,9 @@ def photos(*, seed: int = 0, size: int | None = None, image_size: int | None = N
     height, width, _ = pictures[0].shape
     rows, columns = (height // (2 * side), width // (2 * side)) if side > 0 else (0, 0)
     if rows * columns < 12:
-        raise DataError(f"image_size must be in 1..{min(height // 6, width // 8)} for crops of the photographs; got {side}")
+        raise DataError(
+            f"image_size must be in 1..{min(height // 6, width // 8)} for crops of the photographs; got {side}"
+        )
     if size < 32:
         raise DataError(f"size must be at least 32 crops; got {size}")
     x = np.empty((size, side, side, 3), np.uint8)

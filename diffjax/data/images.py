@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from diffjax.data.dataset import DataError, Dataset, fit_transform, from_arrays, permutation, split_indices
+from diffjax.types import Scalar
 
 SUFFIXES = (".png", ".jpg", ".jpeg")
-IN_MEMORY = 2**31  # bytes of decoded pixels up to which a folder is held in memory
+IN_MEMORY = 2**30  # bytes of decoded pixels up to which a folder is held in memory
 FIT_ITEMS = 4096  # how many train pictures give the mean and deviation of a folder that is read lazily
 
 
@@ -51,9 +52,20 @@ def read_image(path: str | os.PathLike[str], image_size: int | None = None, chan
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     picture = picture.convert("RGB" if channels == 3 else "L")
     if image_size is not None:
-        picture = ImageOps.fit(picture, (image_size, image_size), Image.Resampling.LANCZOS)
+        picture = centre_crop(picture, image_size)
     pixels = np.array(picture)
     return pixels[..., None] if channels == 1 else pixels
+
+
+def centre_crop(picture: Any, image_size: int) -> Any:
+    """The largest centred square of a PIL picture, resized; cropped first, so that nothing outside bleeds in."""
+    from PIL import Image
+
+    width, height = picture.size
+    side = min(width, height)
+    left, top = (width - side) // 2, (height - side) // 2
+    square = picture.crop((left, top, left + side, top + side))
+    return square.resize((image_size, image_size), Image.Resampling.LANCZOS)
 
 
 def folder(
@@ -68,28 +80,28 @@ def folder(
 
     Every file is decoded once, so that a bad one is known before training. Pixels are held in memory up to `in_memory`
     bytes and decoded on demand beyond. Pictures are grey if all of them are.
-    Args: on_error: 'stop' at an unreadable file, or 'skip' it and list it in `skipped`.   image_size: centre crop and resize
-        to this side; None if all pictures have one size.
+    Args: on_error: 'stop' at an unreadable file, or 'skip' it and list it in `skipped`.   image_size: centre crop and
+        resize to this side; None if all pictures have one size.
     Raises: DataError: no such folder, no pictures in it, an unreadable file (named), sizes that differ.
     """
-    root = pathlib.Path(path)
+    root = pathlib.Path(path).expanduser().resolve()
     if not root.is_dir():
         raise DataError(f"no such folder: {root}; give a folder with PNG or JPEG files, as in images:data/faces")
     if image_size is not None and image_size < 1:
         raise DataError(f"image_size must be at least 1 pixel; got {image_size}")
     files = _list(root)
     with concurrent.futures.ThreadPoolExecutor(min(16, (os.cpu_count() or 1) + 2)) as pool:
-        headers, bad = _keep(files, pool.map(_header, files), on_error)
+        headers, bad = _keep(files, pool.map(_header, files), on_error, pool)
         channels = 1 if headers and all(mode in ("1", "L", "LA", "I", "I;16", "F") for mode, _ in headers) else 3
         files = [f for f in files if f not in bad]
-        _check_sizes(files, [size for _, size in headers], image_size)
-        width, height = (image_size, image_size) if image_size else headers[0][1] if headers else (0, 0)
+        width, height = (image_size, image_size) if image_size else max((s for _, s in headers), default=(0, 0))
         hold = len(files) * width * height * channels <= in_memory
         decoded = pool.map(lambda f: _decode(f, image_size, channels, hold), files)
-        pixels, late = _keep(files, decoded, on_error)
+        pixels, late = _keep(files, decoded, on_error, pool)
     bad, files = bad | late, [f for f in files if f not in late]
     if not files:
         raise DataError(f"no readable picture in {root}: all {len(bad)} files are damaged, first {min(bad)}")
+    _check_sizes(files, [p.shape if hold else p for p in pixels])
     label, labels = _classes(root, files)
     skipped = tuple(str(f) for f in sorted(bad))
     if hold:
@@ -114,12 +126,14 @@ def _list(root: pathlib.Path) -> list[pathlib.Path]:
     """The picture files below `root` in a fixed order; either all directly inside or all in subfolders."""
     files = sorted(f for f in root.rglob("*") if f.suffix.lower() in SUFFIXES and f.is_file() and f.name[0] != ".")
     if not files:
-        raise DataError(f"the folder {root} holds no pictures; {', '.join(SUFFIXES)} are read, also in subfolders (classes)")
+        raise DataError(
+            f"the folder {root} holds no pictures; {', '.join(SUFFIXES)} are read, also in subfolders (classes)"
+        )
     flat = [f for f in files if f.parent == root]
     if flat and len(flat) != len(files):
         raise DataError(
-            f"{root} holds pictures both directly ({flat[0].name}) and in subfolders; subfolders are classes, so move all "
-            "pictures into subfolders, or none"
+            f"{root} holds pictures both directly ({flat[0].name}) and in subfolders; subfolders are classes, so "
+            "move all pictures into subfolders, or none"
         )
     return files
 
@@ -140,23 +154,24 @@ def _header(path: pathlib.Path) -> Any:
 
     try:
         with Image.open(path) as file:
-            turned = file.getexif().get(0x0112, 1) >= 5  # EXIF orientations 5-8 swap width and height
-            return file.mode, file.size[::-1] if turned else file.size
+            return file.mode, file.size
     except Exception as error:
         return error
 
 
 def _decode(path: pathlib.Path, image_size: int | None, channels: int, hold: bool) -> Any:
-    """The pixels (None if they are not to be held), or the error."""
+    """The pixels (their shape if they are not to be held), or the error."""
     try:
         pixels = read_image(path, image_size, channels)
-        return pixels if hold else None
+        return pixels if hold else pixels.shape
     except Exception as error:
         return error
 
 
-def _keep(files: list[pathlib.Path], results: Any, on_error: str) -> tuple[list[Any], set[pathlib.Path]]:
-    """The good results and the files of the others; stops at the first bad one unless told to skip."""
+def _keep(
+    files: list[pathlib.Path], results: Any, on_error: str, pool: concurrent.futures.Executor
+) -> tuple[list[Any], set[pathlib.Path]]:
+    """The good results and the files of the others; stops `pool` and all at the first bad one unless told to skip."""
     good, bad = [], set()
     for path, result in zip(files, results, strict=True):
         if not isinstance(result, Exception):
@@ -164,6 +179,7 @@ def _keep(files: list[pathlib.Path], results: Any, on_error: str) -> tuple[list[
         elif on_error == "skip":
             bad.add(path)
         else:
+            pool.shutdown(wait=False, cancel_futures=True)
             raise DataError(_unreadable(path, result))
     return good, bad
 
@@ -172,11 +188,12 @@ def _unreadable(path: pathlib.Path, error: Exception) -> str:
     return f"unreadable image {path}: {error}. Remove or repair it, or pass on_error='skip' to leave such files out"
 
 
-def _check_sizes(files: list[pathlib.Path], sizes: list[tuple[int, int]], image_size: int | None) -> None:
-    if image_size is None and len(set(sizes)) > 1:
-        other = next(i for i, s in enumerate(sizes) if s != sizes[0])
+def _check_sizes(files: list[pathlib.Path], shapes: list[tuple[int, ...]]) -> None:
+    other = next((i for i, s in enumerate(shapes) if s != shapes[0]), None)
+    if other is not None:
+        (h, w, _), (h2, w2, _) = shapes[0], shapes[other]
         raise DataError(
-            f"pictures differ in size: {files[0].name} is {sizes[0]}, {files[other].name} is {sizes[other]}; pass image_size="
+            f"pictures differ in size: {files[0].name} is {w}x{h}, {files[other].name} is {w2}x{h2}; pass image_size="
         )
 
 
@@ -187,8 +204,8 @@ def grid(
     images: Any,
     columns: int | None = None,
     *,
-    low: float | None = None,
-    high: float | None = None,
+    low: Scalar = None,
+    high: Scalar = None,
     scale: int | None = None,
     gap: int = 2,
 ) -> np.ndarray:
@@ -197,9 +214,10 @@ def grid(
     Args: images: [N, H, W, 1 or 3]; uint8, or floats between `low` and `high` (default their own range).
         columns: default about the square root of N.   scale: default brings small pictures to at least 32 pixels.
     Raises: ValueError: another rank or number of channels, no pictures, or columns or scale below 1.
+
     Example:
         >>> grid(np.zeros((4, 8, 8, 1), np.uint8)).shape
-        (70, 70, 3)
+        (66, 66, 3)
     """
     images = np.asarray(images)
     if images.ndim != 4 or images.shape[-1] not in (1, 3) or not images.size:
@@ -219,19 +237,24 @@ def grid(
     return np.ascontiguousarray(out[: out.shape[0] - gap, : out.shape[1] - gap])
 
 
-def _bytes(images: np.ndarray, low: float | None, high: float | None) -> np.ndarray:
+def _bytes(images: np.ndarray, low: Scalar, high: Scalar) -> np.ndarray:
     """Values in [low, high] as bytes; values that are not finite become black."""
     if images.dtype == np.uint8:
         return images
-    images = np.nan_to_num(images.astype(np.float64), posinf=0, neginf=0)
-    low, high = float(images.min()) if low is None else low, float(images.max()) if high is None else high
-    return ((images - low) / ((high - low) or 1.0) * 255).round().clip(0, 255).astype(np.uint8)
+    finite = np.isfinite(images)
+    images = np.where(finite, images, 0.0).astype(np.float64)
+    low = float(images.min(where=finite, initial=np.inf)) if low is None else low
+    high = float(images.max(where=finite, initial=-np.inf)) if high is None else high
+    if not low < high:  # constant, or nothing finite
+        return np.zeros(images.shape, np.uint8)
+    return np.where(finite, (images - low) / (high - low) * 255, 0).round().clip(0, 255).astype(np.uint8)
 
 
-def scatter(points: Any, bins: int = 256, extent: float | None = None) -> np.ndarray:
+def scatter(points: Any, bins: int = 256, extent: Scalar = None) -> np.ndarray:
     """Points of the plane as a picture of their histogram, uint8 [bins, bins, 3], dark where points are; y upwards.
 
     Args: points: [N, 2].   extent: the picture spans [-extent, extent] on both axes, default the largest value.
+
     Example:
         >>> scatter(np.array([[0.0, 0.0], [1.0, 1.0]]), bins=8).shape
         (8, 8, 3)
@@ -252,8 +275,8 @@ def save_png(
     images: Any,
     columns: int | None = None,
     *,
-    low: float | None = None,
-    high: float | None = None,
+    low: Scalar = None,
+    high: Scalar = None,
     scale: int | None = None,
 ) -> pathlib.Path:
     """Write samples as one PNG: pictures [N, H, W, 1 or 3] as a grid, points [N, 2] as a scatter plot.

@@ -15,14 +15,16 @@ from diffjax.data.dataset import DataError, Dataset, from_arrays
 def arrays(path: str | os.PathLike[str], *, seed: int = 0, on_error: str = "stop") -> Dataset:
     """A data set from an `.npz` file, split at random (stratified by label) and standardised.
 
-    Keys: `x` [N, ...] numbers, channels last; `label` [N] integers from 0; `labels` [K] names; others [N, ...] are kept as
-    further fields. With `on_error='skip'` items with a NaN or an infinity are left out and listed in `skipped`.
+    Keys: `x` [N, ...] numbers, channels last; `label` [N] integers from 0; `labels` [K] names; others [N, ...] are kept
+    as further fields. With `on_error='skip'` items with a NaN or an infinity are left out and listed in `skipped`.
     Raises: DataError: no such file, not an .npz, a field that needs pickle, no `x`, lengths or types that do not fit.
     """
-    path = pathlib.Path(path)
+    path = pathlib.Path(path).expanduser()
     fields = _read(path)
     if "x" not in fields:
-        raise DataError(f"{path} has no array 'x'; it has {sorted(fields)}. Write it with np.savez(file, x=..., label=...)")
+        raise DataError(
+            f"{path} has no array 'x'; it has {sorted(fields)}. Write it with np.savez(file, x=..., label=...)"
+        )
     x = fields.pop("x")
     if x.ndim < 2:
         raise DataError(f"x in {path} must be [N, ...] with at least two axes; got shape {x.shape}. Use x[:, None]")
@@ -31,7 +33,9 @@ def arrays(path: str | os.PathLike[str], *, seed: int = 0, on_error: str = "stop
     if label is not None and (not np.issubdtype(label.dtype, np.integer) or label.ndim != 1):
         raise DataError(f"label in {path} must be integers [N]; got {label.dtype} of shape {label.shape}")
     for key, value in {"x": x, **fields}.items():
-        if not (np.issubdtype(value.dtype, np.integer) or np.issubdtype(value.dtype, np.floating) or value.dtype == bool):
+        if not (
+            np.issubdtype(value.dtype, np.integer) or np.issubdtype(value.dtype, np.floating) or value.dtype == bool
+        ):
             raise DataError(f"{key} in {path} has type {value.dtype}; real numbers are needed")
         if value.shape[:1] != x.shape[:1]:
             raise DataError(f"{key} in {path} has shape {value.shape}, but x has {len(x)} items: lengths must agree")
@@ -55,8 +59,9 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     if not path.is_file():
         raise DataError(f"no such file: {path}; give the path of an .npz, as in arrays:data/points.npz")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            if not isinstance(file, np.lib.npyio.NpzFile):
+        with open(path, "rb") as opened:
+            file = np.load(opened, allow_pickle=False)
+            if isinstance(file, np.ndarray):
                 raise DataError(f"{path} is a single array, not an .npz; write it with np.savez(file, x=array)")
             fields = {}
             for key in file.files:
@@ -66,8 +71,8 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
                     if "allow_pickle" not in str(error):
                         raise
                     raise DataError(
-                        f"array {key!r} in {path} holds Python objects and would need pickle, which can run code: refused. "
-                        "Save plain numbers (a dtype other than object)"
+                        f"array {key!r} in {path} holds Python objects and would need pickle, which can run code: "
+                        "refused. Save plain numbers (a dtype other than object)"
                     ) from None
             return fields
     except DataError:
@@ -75,11 +80,13 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
         needs_pickle = "pickle" in str(error)
         reason = "it is a pickle or no NumPy file; pickles are refused" if needs_pickle else str(error)
-        raise DataError(f"{path} cannot be read as .npz: {reason}. Write it with np.savez(file, x=..., label=...)") from None
+        raise DataError(
+            f"{path} cannot be read as .npz: {reason}. Write it with np.savez(file, x=..., label=...)"
+        ) from None
 
 
 def _finite(fields: dict[str, np.ndarray], on_error: str) -> tuple[dict[str, np.ndarray], tuple[str, ...]]:
-    """The fields without items that are not finite, and what was left out; nothing is done unless `on_error` is 'skip'."""
+    """The fields without items that are not finite, and what was left out; only if `on_error` is 'skip'."""
     if on_error != "skip":
         return fields, ()
     good = np.ones(len(fields["x"]), bool)

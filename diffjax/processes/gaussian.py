@@ -20,7 +20,7 @@ from diffjax.types import Family, Process, Scalar
 LEAST_NOISE, MOST_NOISE = 0.005, 100.0
 
 
-def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> Any:
+def number(name: str, value: Any, low: Scalar = -math.inf, high: Scalar = math.inf) -> Any:
     """A parameter as a leaf: host numbers become floats and are checked to lie in (low, high); JAX values pass."""
     if isinstance(value, jax.core.Tracer):
         return value
@@ -109,7 +109,7 @@ def vp(beta_min: Scalar = 0.1, beta_max: Scalar = 20.0) -> Process:
     Example:
         >>> p = vp()
         >>> round(float(p.alpha(1.0)), 6), float(p.sigma(0.0))
-        (0.006571, 0.0)
+        (0.006572, 0.0)
     """
     p = {"beta_min": number("beta_min", beta_min, 0), "beta_max": number("beta_max", beta_max, 0)}
     ordered("beta_min", p["beta_min"], "beta_max", p["beta_max"])

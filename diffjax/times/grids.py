@@ -1,8 +1,8 @@
 """Sampling grids: decreasing times `[n+1]` whose first and last entries are exactly `start` and `stop`.
 
 Grids are NumPy float64 (JAX where the parameters of the process, or `start` or `stop`, are). A grid in log-SNR cannot
-be spaced up to an end where log-SNR is infinite: there it is spaced up to `process.ends()`, and the exact end is one more
-point.
+be spaced up to an end where log-SNR is infinite: there it is spaced up to `process.ends()`, and the exact end is
+one more point.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from diffjax import numerics as nu
+from diffjax.processes.betas import number_of_steps
 from diffjax.types import Process, Scalar
 
 
@@ -34,14 +35,14 @@ def exact_ends(xp: Any, t: Any, start: Any, stop: Any) -> Any:
     return xp.concatenate([xp.reshape(start, (1,)).astype(t.dtype), inner, xp.reshape(stop, (1,)).astype(t.dtype)])
 
 
-def _shape(n: int, start: Scalar, stop: Scalar, fraction: Callable[[np.ndarray], np.ndarray]) -> Any:
+def _shape(n: Any, start: Scalar, stop: Scalar, fraction: Callable[[np.ndarray], np.ndarray]) -> Any:
     """`stop + (start - stop) fraction(k / n)`, with the ends set exactly."""
     check(n, start, stop)
     xp, (start, stop) = nu.host_float64(start, stop)
     return exact_ends(xp, stop + (start - stop) * xp.asarray(fraction(np.arange(n + 1) / n)), start, stop)
 
 
-def uniform(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+def uniform(n: Any, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     """Equal steps in time.   t_k = start + (k / n) (stop - start)
 
     Example:
@@ -51,7 +52,7 @@ def uniform(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     return _shape(n, start, stop, lambda x: 1 - x)
 
 
-def quadratic(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+def quadratic(n: Any, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     """Steps that shrink linearly towards data.   t_k = stop + (start - stop) (1 - k / n)^2
     Reference: arXiv:2010.02502, Appendix D.2.
 
@@ -62,7 +63,7 @@ def quadratic(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     return _shape(n, start, stop, lambda x: (1 - x) ** 2)
 
 
-def cosine(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+def cosine(n: Any, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     """Steps that shrink at both ends (Chebyshev points).   t_k = stop + (start - stop) (1 + cos(pi k / n)) / 2
 
     Example:
@@ -73,7 +74,7 @@ def cosine(n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
 
 
 def spaced_in_log_snr(
-    process: Process, n: int, start: Scalar, stop: Scalar, place: Callable[[Any, Any, Any, Any], Any]
+    process: Process, n: Any, start: Scalar, stop: Scalar, place: Callable[[Any, Any, Any, Any], Any]
 ) -> Any:
     """A grid whose log-SNR is `place(xp, low, high, x)` for `x` equally spaced in [0, 1], from `low` (noise) to `high`.
 
@@ -97,7 +98,7 @@ def _linear(xp: Any, low: Any, high: Any, x: Any) -> Any:
     return low + x * (high - low)
 
 
-def log_snr(process: Process, n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+def log_snr(process: Process, n: Any, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     """Equal steps in log-SNR.   lambda_k = lambda_start + (k / n) (lambda_stop - lambda_start)
 
     Args: process: any process.   n: >= 1 steps.   start, stop: 0 <= stop < start <= 1.
@@ -111,10 +112,10 @@ def log_snr(process: Process, n: int, start: Scalar = 1.0, stop: Scalar = 0.0) -
     return spaced_in_log_snr(process, n, start, stop, _linear)
 
 
-def karras(process: Process, n: int, rho: Scalar = 7.0, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+def karras(process: Process, n: Any, rho: Scalar = 7.0, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
     """EDM's steps in `s = sigma / alpha`.   s_k = (s_0^{1/rho} + x_k (s_1^{1/rho} - s_0^{1/rho}))^rho
 
-    Args: process: any process.   n: >= 1 steps.   rho: > 0; larger, shorter steps near data.   start, stop: as `log_snr`.
+    Args: process: any process.   n: >= 1 steps.   rho: > 0, larger is denser near data.   start, stop: as `log_snr`.
     Raises: ValueError: a concrete `rho` that is not positive.
     Reference: arXiv:2206.00364, Eq. 5.
 
@@ -131,3 +132,75 @@ def karras(process: Process, n: int, rho: Scalar = 7.0, start: Scalar = 1.0, sto
         return -rho * xp.log(noise + x * (data - noise))
 
     return spaced_in_log_snr(process, n, start, stop, place)
+
+
+# log rho(l) = sum_j HEIGHTS_j exp(-(l - log c - CENTRES_j)^2 / (2 WIDTH^2)); from random mixtures, c = 1.
+CENTRES = np.linspace(-4.0, 4.6, 8)
+HEIGHTS = np.array([-0.1, 0.0, 0.4, 0.7, 0.4, 0.1, -0.5, -0.9])
+WIDTH = 1.1
+
+
+def curvature(process: Process, n: Any, data_std: Scalar = 1.0, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
+    """A grid in log-SNR that is denser where trajectories bend: equal-mass quantiles of a fixed density rho.
+
+    log rho(l) = sum_j h_j exp(-(l - log c - m_j)^2 / (2 1.1^2)),  l = log(sigma / alpha),  c = data_std
+    Args: process: any.   n: >= 1 steps.   data_std: > 0, of the data.   start, stop: as `log_snr`.
+    Raises: ValueError: a concrete `data_std` that is not positive.
+
+    Example:
+        >>> from diffjax import processes
+        >>> steps = -np.diff(np.log(curvature(processes.edm(), 12)[:-1]))
+        >>> bool(steps.min() < 0.6 * steps.max())
+        True
+    """
+    if not isinstance(data_std, jax.core.Tracer) and not (data_std > 0 and np.isfinite(data_std)):
+        raise ValueError(f"data_std must be a finite number > 0; got {data_std!r}")
+
+    def place(xp: Any, low: Any, high: Any, x: Any) -> Any:
+        lam = low + xp.asarray(np.linspace(0, 1, 1025), low.dtype) * (high - low)
+        centres, heights = (xp.asarray(a[:, None], low.dtype) for a in (CENTRES, HEIGHTS))
+        bumps = xp.exp(-(((-lam - xp.log(data_std))[None] - centres) ** 2) / (2 * WIDTH**2))
+        density = xp.exp(xp.sum(heights * bumps, 0))
+        mass = xp.cumsum(0.5 * (density[1:] + density[:-1]))
+        mass = xp.concatenate([xp.zeros_like(mass[:1]), mass / mass[-1]])
+        return xp.interp(x, mass, lam)
+
+    return spaced_in_log_snr(process, n, start, stop, place)
+
+
+def discrete(process: Any, n: Any, spacing: str = "leading", start: Scalar = 1.0, stop: Scalar = 0.0) -> np.ndarray:
+    """A grid on the K integer steps of a discrete schedule.   t_i = (k_i + 1) / K, then `stop`
+
+    leading: k = i (K // n);  linspace: k = round(linspace(0, K - 1, n));  trailing: k = round(K - i K / n) - 1.
+    Only linspace and trailing begin at `start`: leading misses the noisiest steps, as published samplers do.
+    Args: process: from `from_betas`, or K.   n: 1 <= n <= K.   spacing: 'leading', 'linspace' or 'trailing'.
+        start, stop: multiples of 1 / K; the steps between them are spaced.
+    Raises: ValueError: no integer steps, n too large, unknown spacing, ends that are not on steps.
+    Reference: arXiv:2305.08891, Table 2.
+
+    Example:
+        >>> (1000 * discrete(1000, 4, "trailing")).round(6).tolist()
+        [1000.0, 750.0, 500.0, 250.0, 0.0]
+    """
+    check(n, start, stop)
+    steps = number_of_steps(process) if isinstance(process, Process) else process
+    if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
+        raise ValueError(f"give a process from `from_betas` or its number of steps, an int >= 1; got {steps!r}")
+    first, last = start * steps, stop * steps
+    if abs(first - round(first)) > 1e-6 or abs(last - round(last)) > 1e-6:
+        raise ValueError(f"start and stop must be multiples of 1/{steps}; got {start=}, {stop=}")
+    k = _integer_steps(round(first) - round(last), n, spacing)
+    return np.append((round(last) + k + 1) / steps, float(stop))
+
+
+def _integer_steps(steps: int, n: int, spacing: str) -> np.ndarray:
+    """`n` of the integers `0 .. steps - 1`, decreasing."""
+    if n > steps:
+        raise ValueError(f"n must be at most the number of integer steps, {steps}; got {n}")
+    if spacing == "leading":
+        return np.arange(n)[::-1] * (steps // n)
+    if spacing == "linspace":
+        return np.linspace(steps - 1, 0, n).round()
+    if spacing == "trailing":
+        return np.round(steps - np.arange(n) * (steps / n)) - 1
+    raise ValueError(f"spacing must be 'leading', 'linspace' or 'trailing'; got {spacing!r}")

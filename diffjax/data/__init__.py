@@ -1,0 +1,26 @@
+"""Data sets, their transform to model coordinates, augmentation, endless batches, and pictures of samples."""
+
+from diffjax.data import augment, densities
+from diffjax.data.dataset import SPLITS, DataError, Dataset, DataTransform, from_arrays, split_indices
+from diffjax.data.images import grid, save_png, scatter
+from diffjax.data.pipeline import Batches, batches
+from diffjax.data.registry import CATALOGUE, load, prepare
+
+__all__ = [
+    "CATALOGUE",
+    "SPLITS",
+    "Batches",
+    "DataError",
+    "DataTransform",
+    "Dataset",
+    "augment",
+    "batches",
+    "densities",
+    "from_arrays",
+    "grid",
+    "load",
+    "prepare",
+    "save_png",
+    "scatter",
+    "split_indices",
+]

@@ -1,0 +1,165 @@
+"""Where every method comes from: the papers that catalogue cards name, and `cite`."""
+
+from __future__ import annotations
+
+import importlib
+from typing import NamedTuple
+
+from diffjax.types import Card
+
+FOLDERS = ("processes", "times", "losses", "solvers", "guidance", "networks", "metrics", "data")
+
+
+class Paper(NamedTuple):
+    """What a bibliography needs."""
+
+    authors: str
+    year: int
+    title: str
+
+
+PAPERS: dict[str, Paper] = {
+    "arXiv:1610.06545": Paper("Lopez-Paz, David and Oquab, Maxime", 2017, "Revisiting Classifier Two-Sample Tests"),
+    "arXiv:1706.08500": Paper("Heusel, Martin and Ramsauer, Hubert and Unterthiner, Thomas and Nessler, Bernhard and Hochreiter, Sepp",
+                              2017, "GANs Trained by a Two Time-Scale Update Rule Converge to a Local Nash Equilibrium"),
+    "arXiv:1801.01401": Paper("Binkowski, Mikolaj and Sutherland, Danica J. and Arbel, Michael and Gretton, Arthur", 2018,
+                              "Demystifying MMD GANs"),
+    "arXiv:1804.01947": Paper("Kolouri, Soheil and Pope, Phillip E. and Martin, Charles E. and Rohde, Gustavo K.", 2019,
+                              "Sliced-Wasserstein Autoencoder: An Embarrassingly Simple Generative Model"),
+    "arXiv:1904.06991": Paper("Kynkaanniemi, Tuomas and Karras, Tero and Laine, Samuli and Lehtinen, Jaakko and Aila, Timo", 2019,
+                              "Improved Precision and Recall Metric for Assessing Generative Models"),
+    "arXiv:2002.09797": Paper("Naeem, Muhammad Ferjad and Oh, Seong Joon and Uh, Youngjung and Choi, Yunjey and Yoo, Jaejun", 2020,
+                              "Reliable Fidelity and Diversity Metrics for Generative Models"),
+    "arXiv:2004.05675": Paper("Meehan, Casey and Chaudhuri, Kamalika and Dasgupta, Sanjoy", 2020,
+                              "A Non-Parametric Test to Detect Data-Copying in Generative Models"),
+    "arXiv:2202.09671": Paper("Zheng, Huangjie and He, Pengcheng and Chen, Weizhu and Zhou, Mingyuan", 2023,
+                              "Truncated Diffusion Probabilistic Models and Diffusion-based Adversarial Auto-Encoders"),
+    "arXiv:2206.00927": Paper("Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun", 2022,
+                              "DPM-Solver: A Fast ODE Solver for Diffusion Probabilistic Model Sampling in Around 10 Steps"),
+    "arXiv:2406.12303": Paper("Li, Yiheng and Jiang, Heyang and Kodaira, Akio and Tomizuka, Masayoshi and Keutzer, Kurt and Xu, Chenfeng",
+                              2024, "Immiscible Diffusion: Accelerating Diffusion Training with Noise Assignment"),
+    "arXiv:2505.18521": Paper("Li, Yiheng and Liang, Feng and Kondratyuk, Dan and Tomizuka, Masayoshi and Keutzer, Kurt and Xu, Chenfeng",
+                              2025, "Improved Immiscible Diffusion: Accelerate Diffusion Training by Reducing Its Miscibility"),
+    "gretton2012": Paper("Gretton, Arthur and Borgwardt, Karsten M. and Rasch, Malte J. and Scholkopf, Bernhard and Smola, Alexander",
+                         2012, "A Kernel Two-Sample Test"),
+    "szekely2013": Paper("Szekely, Gabor J. and Rizzo, Maria L.", 2013, "Energy statistics: A class of statistics based on distances"),
+    "villani2003": Paper("Villani, Cedric", 2003, "Topics in Optimal Transportation"),
+    "arXiv:1803.00567": Paper("Peyre, Gabriel and Cuturi, Marco", 2019, "Computational Optimal Transport"),
+    "arXiv:2006.11239": Paper("Ho, Jonathan and Jain, Ajay and Abbeel, Pieter", 2020, "Denoising Diffusion Probabilistic Models"),
+    "arXiv:2010.02502": Paper("Song, Jiaming and Meng, Chenlin and Ermon, Stefano", 2021, "Denoising Diffusion Implicit Models"),
+    "arXiv:2011.13456": Paper(
+        "Song, Yang and Sohl-Dickstein, Jascha and Kingma, Diederik P. and Kumar, Abhishek and Ermon, Stefano and Poole, Ben",
+        2021, "Score-Based Generative Modeling through Stochastic Differential Equations"),
+    "arXiv:2102.09672": Paper("Nichol, Alex and Dhariwal, Prafulla", 2021, "Improved Denoising Diffusion Probabilistic Models"),
+    "arXiv:2101.09258": Paper("Song, Yang and Durkan, Conor and Murray, Iain and Ermon, Stefano", 2021,
+                              "Maximum Likelihood Training of Score-Based Diffusion Models"),
+    "arXiv:2107.00630": Paper("Kingma, Diederik P. and Salimans, Tim and Poole, Ben and Ho, Jonathan", 2021,
+                              "Variational Diffusion Models"),
+    "arXiv:2202.00512": Paper("Salimans, Tim and Ho, Jonathan", 2022, "Progressive Distillation for Fast Sampling of Diffusion Models"),
+    "arXiv:2204.00227": Paper("Choi, Jooyoung and Lee, Jungbeom and Shin, Chaehun and Kim, Sungwon and Kim, Hyunwoo and Yoon, Sungroh",
+                              2022, "Perception Prioritized Training of Diffusion Models"),
+    "arXiv:2204.13902": Paper("Zhang, Qinsheng and Chen, Yongxin", 2023, "Fast Sampling of Diffusion Models with Exponential Integrator"),
+    "arXiv:2205.11487": Paper("Saharia, Chitwan and others", 2022,
+                              "Photorealistic Text-to-Image Diffusion Models with Deep Language Understanding"),
+    "arXiv:2206.00364": Paper("Karras, Tero and Aittala, Miika and Aila, Timo and Laine, Samuli", 2022,
+                              "Elucidating the Design Space of Diffusion-Based Generative Models"),
+    "arXiv:2207.12598": Paper("Ho, Jonathan and Salimans, Tim", 2022, "Classifier-Free Diffusion Guidance"),
+    "arXiv:2209.03003": Paper("Liu, Xingchao and Gong, Chengyue and Liu, Qiang", 2023,
+                              "Flow Straight and Fast: Learning to Generate and Transfer Data with Rectified Flow"),
+    "arXiv:2210.02747": Paper("Lipman, Yaron and Chen, Ricky T. Q. and Ben-Hamu, Heli and Nickel, Maximilian and Le, Matt", 2023,
+                              "Flow Matching for Generative Modeling"),
+    "arXiv:2211.01095": Paper("Lu, Cheng and Zhou, Yuhao and Bao, Fan and Chen, Jianfei and Li, Chongxuan and Zhu, Jun", 2022,
+                              "DPM-Solver++: Fast Solver for Guided Sampling of Diffusion Probabilistic Models"),
+    "arXiv:2212.09748": Paper("Peebles, William and Xie, Saining", 2023, "Scalable Diffusion Models with Transformers"),
+    "arXiv:2212.11972": Paper("Jabri, Allan and Fleet, David and Chen, Ting", 2023, "Scalable Adaptive Computation for Iterative Generation"),
+    "arXiv:2301.10972": Paper("Chen, Ting", 2023, "On the Importance of Noise Scheduling for Diffusion Models"),
+    "arXiv:2301.11093": Paper("Hoogeboom, Emiel and Heek, Jonathan and Salimans, Tim", 2023,
+                              "simple diffusion: End-to-end diffusion for high resolution images"),
+    "arXiv:2302.00482": Paper("Tong, Alexander and others", 2024,
+                              "Improving and generalizing flow-based generative models with minibatch optimal transport"),
+    "arXiv:2303.00848": Paper("Kingma, Diederik P. and Gao, Ruiqi", 2023,
+                              "Understanding Diffusion Objectives as the ELBO with Simple Data Augmentation"),
+    "arXiv:2303.08797": Paper("Albergo, Michael S. and Boffi, Nicholas M. and Vanden-Eijnden, Eric", 2023,
+                              "Stochastic Interpolants: A Unifying Framework for Flows and Diffusions"),
+    "arXiv:2303.09556": Paper("Hang, Tiankai and others", 2023, "Efficient Diffusion Training via Min-SNR Weighting Strategy"),
+    "arXiv:2305.08891": Paper("Lin, Shanchuan and Liu, Bingchen and Li, Jiashi and Yang, Xiao", 2024,
+                              "Common Diffusion Noise Schedules and Sample Steps are Flawed"),
+    "arXiv:2312.02696": Paper("Karras, Tero and Aittala, Miika and Lehtinen, Jaakko and Hellsten, Janne and Aila, Timo and Laine, Samuli",
+                              2024, "Analyzing and Improving the Training Dynamics of Diffusion Models"),
+    "arXiv:2403.03206": Paper("Esser, Patrick and others", 2024, "Scaling Rectified Flow Transformers for High-Resolution Image Synthesis"),
+    "arXiv:2404.07724": Paper("Kynkaanniemi, Tuomas and Aittala, Miika and Karras, Tero and Laine, Samuli and Aila, Timo and Lehtinen, Jaakko",
+                              2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models"),
+}  # fmt: skip
+
+
+def catalogues() -> dict[str, dict[str, Card]]:
+    """Every catalogue of diffjax by folder; a folder with several has one entry for each, `times.laws` for example."""
+    found = {}
+    for folder in FOLDERS:
+        module = importlib.import_module(f"diffjax.{folder}")
+        for name in dir(module):
+            value = getattr(module, name)
+            if (
+                name.isupper()
+                and isinstance(value, dict)
+                and value
+                and all(isinstance(c, Card) for c in value.values())
+            ):
+                found[folder if name == "CATALOGUE" else name.lower()] = value
+    return found
+
+
+def cite(*names: str) -> str:
+    """BibTeX for catalogue entries by name, or for arXiv identifiers.
+
+    Raises: ValueError: a name that no catalogue has.
+
+    Example:
+        >>> print(cite("ddim"))
+        @misc{song2021denoising,
+          author = {Song, Jiaming and Meng, Chenlin and Ermon, Stefano},
+          title = {Denoising Diffusion Implicit Models},
+          year = {2021},
+          eprint = {2010.02502},
+          archivePrefix = {arXiv},
+        }
+    """
+    entries = {}
+    known = {name: card for catalogue in catalogues().values() for name, card in catalogue.items()}
+    for name in names:
+        if name not in known and name not in PAPERS:
+            raise ValueError(
+                f"unknown method {name!r}; `diffjax list` shows the names, for example {sorted(known)[:5]}"
+            )
+        keys = known[name].paper.split() if name in known else [name]
+        for key in keys:
+            entries.setdefault(key.split("#")[0], None)
+    return "\n".join(_bibtex(key, PAPERS[key]) for key in entries)
+
+
+def _bibtex(key: str, paper: Paper) -> str:
+    label = f"{paper.authors.split(',')[0].lower()}{paper.year}{paper.title.split()[0].strip(':').lower()}"
+    fields = {"author": paper.authors, "title": paper.title, "year": paper.year}
+    if key.startswith("arXiv:"):
+        fields |= {"eprint": key.removeprefix("arXiv:"), "archivePrefix": "arXiv"}
+    return "\n".join([f"@misc{{{label},", *(f"  {k} = {{{v}}}," for k, v in fields.items()), "}"])
+
+
+def markdown() -> str:
+    """The method table of the README: every catalogue, one row a method."""
+    parts = []
+    for folder, cards in catalogues().items():
+        columns = {
+            "order": lambda c: c.order,
+            "evaluations a step": lambda c: c.evals,
+            "noise": lambda c: "yes" if c.noise else None,
+            "paper": lambda c: c.paper.replace("#", " ") or None,
+        }
+        used = {k: f for k, f in columns.items() if any(f(c) is not None for c in cards.values())}
+        rows = [["name", "what", *used], ["---"] * (2 + len(used))]
+        rows += [
+            [f"`{name}`", card.summary, *("" if f(card) is None else str(f(card)) for f in used.values())]
+            for name, card in cards.items()
+        ]
+        parts.append(f"**{folder}**\n\n" + "\n".join(f"| {' | '.join(row)} |" for row in rows))
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,47 @@
+"""The README is true: its method table is the catalogues', its quickstart runs. Run this file to rewrite the table."""
+
+import pathlib
+import re
+
+import jax
+import pytest
+
+from diffjax import references
+from diffjax.references import PAPERS, catalogues, cite
+
+README = pathlib.Path(__file__).parents[1] / "README.md"
+TABLE = re.compile(r"(<!-- methods -->\n)(.*)(<!-- end of methods -->)", re.DOTALL)
+
+
+def test_method_table_is_generated():
+    block = TABLE.search(README.read_text())
+    assert block and block[2] == references.markdown(), "run `python tests/test_readme.py`"
+
+
+def test_quickstart_runs():
+    code = re.search(r"<!-- quickstart -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    assert len([line for line in code.splitlines() if line.strip()]) <= 22
+    scope = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "quickstart", "exec"), scope)
+    x = scope["x"]
+    assert x.shape == (256, 2)
+    assert 0.7 < float(abs(x).max(-1).mean()) < 2.0  # near the ring that it was trained on
+
+
+def test_every_card_has_a_reference():
+    cards = {name: card for catalogue in catalogues().values() for name, card in catalogue.items()}
+    missing = sorted({c.paper.split("#")[0] for c in cards.values() if c.paper} - set(PAPERS))
+    assert missing == []
+    assert all(card.summary for card in cards.values())
+
+
+def test_cite():
+    text = cite("dpmpp_2m", "arXiv:2006.11239")
+    assert "2211.01095" in text and "Denoising Diffusion Probabilistic Models" in text
+    with pytest.raises(ValueError, match="unknown method 'dpm'"):
+        cite("dpm")
+
+
+if __name__ == "__main__":
+    README.write_text(TABLE.sub(lambda m: m[1] + references.markdown() + m[3], README.read_text()))
