@@ -24,6 +24,8 @@ def static(**kwargs: Any) -> Any:
 def pytree_dataclass(cls: type[T]) -> type[T]:
     """Make `cls` a frozen dataclass and a JAX pytree; fields marked `static()` are structure, the others are leaves.
 
+    Two instances are equal only if they are one object: leaves may be arrays, which have no truth value.
+
     Example:
         >>> @pytree_dataclass
         ... class Line:
@@ -32,7 +34,7 @@ def pytree_dataclass(cls: type[T]) -> type[T]:
         >>> jax.tree.leaves(Line(2.0))
         [2.0]
     """
-    cls = dataclasses.dataclass(frozen=True)(cls)
+    cls = dataclasses.dataclass(frozen=True, eq=False)(cls)
     fields = dataclasses.fields(cls)
     meta = [f.name for f in fields if f.metadata.get("static")]
     data = [f.name for f in fields if not f.metadata.get("static")]

@@ -35,7 +35,10 @@ def _init(seed: int, shape: tuple[int, ...], classes: int, width: int, features:
     for i in range(stages(h, w)):
         fan.append(width * 2 ** min(i, 3))
         h, w = h // 2, w // 2
-    sizes = [(9 * a, b) for a, b in zip(fan[:-1], fan[1:], strict=True)] + [(h * w * fan[-1], features), (features, classes)]
+    sizes = [(9 * a, b) for a, b in zip(fan[:-1], fan[1:], strict=True)] + [
+        (h * w * fan[-1], features),
+        (features, classes),
+    ]
     gain = [2.0] * (len(sizes) - 1) + [0.1]
     return {
         name: value
@@ -68,7 +71,8 @@ def _warp(key: jax.Array, x: jax.Array, strength: jax.Array) -> jax.Array:
     z = jax.random.normal(key, (n, 6)) * strength * jnp.array([[0.15, 0.1, 0.1, 0.15, 0.05 * h, 0.05 * w]])
     cos, sin = jnp.cos(z[:, 0]), jnp.sin(z[:, 0])
     sy, sx, shear = jnp.exp(z[:, 1]), jnp.exp(z[:, 2]), z[:, 3]
-    grid_y, grid_x = jnp.meshgrid(jnp.arange(h) - (h - 1) / 2, jnp.arange(w) - (w - 1) / 2, indexing="ij")
+    centred = lambda size: jnp.arange(size, dtype=x.dtype) - (size - 1) / 2
+    grid_y, grid_x = jnp.meshgrid(centred(h), centred(w), indexing="ij")
     flat_y, flat_x = grid_y.reshape(1, -1), grid_x.reshape(1, -1)
     row = lambda a: a[:, None]
     y = row(sy * cos) * flat_y + row(sx * (shear * cos - sin)) * flat_x + row(z[:, 4]) + (h - 1) / 2
@@ -88,8 +92,8 @@ def _train(
     key: jax.Array, params: PyTree, x: jax.Array, y: jax.Array, strength: jax.Array, rate: jax.Array, *,
     steps: int, batch: int, classes: int,
 ) -> tuple[PyTree, jax.Array]:  # fmt: skip
-    """AdamW with a warm-up and a linear decay over `steps` batches, drawn with replacement; the weights' mean over the end."""
-    schedule = lambda i: rate * jnp.minimum((i + 1) / 20, 1 - i / steps)
+    """AdamW, warm-up, linear decay over `steps` batches drawn with replacement; the weights are averaged at the end."""
+    schedule = lambda i: rate * jnp.minimum((i.astype(rate.dtype) + 1) / 20, 1 - i.astype(rate.dtype) / steps)
     optimizer = optax.adamw(schedule, b2=0.99, weight_decay=0.01)
     frozen = {k: params[k] for k in ("mean", "std")}
     free = {k: v for k, v in params.items() if k not in frozen}
@@ -103,7 +107,8 @@ def _train(
         pick, warp = jax.random.split(jax.random.fold_in(key, i))
         index = jax.random.randint(pick, (batch,), 0, x.shape[0])
         value, grads = jax.value_and_grad(loss)(p, _warp(warp, x[index], strength), y[index])
-        updates, opt = optimizer.update(grads, opt, p)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            updates, opt = optimizer.update(grads, opt, p)
         p = optax.apply_updates(p, updates)
         mean = jax.tree.map(lambda m, q: m + (q - m) * 0.02, mean, p)
         return (p, mean, opt), value
@@ -143,7 +148,7 @@ class Classifier:
         return self.logits(x).argmax(1)
 
     def accuracy(self, x: Any, labels: Any) -> float:
-        """The share of pictures whose label is predicted.   Raises: ValueError: as `features`, or labels not [N] integers."""
+        """The share of labels predicted.   Raises: ValueError: as `features`; labels not [N] integers."""
         found = self.predict(x)
         return float((found == check_labels(labels, len(found))).mean())
 
@@ -159,12 +164,14 @@ class Classifier:
 
 
 def load_classifier(path: Any) -> Classifier:
-    """The classifier that `Classifier.save` wrote.   Raises: ValueError: no such file, not that format, or a newer one."""
+    """The classifier that `Classifier.save` wrote.   Raises: ValueError: no such file, or of another format."""
     arrays = read_npz(path)
     if not {"format", "shape", "classes"} <= set(arrays):
-        raise ValueError(f"path: {path} is not a classifier file; it holds {sorted(arrays)[:5]}. Write one with Classifier.save")
+        raise ValueError(
+            f"path: {path} is not a classifier file; it holds {sorted(arrays)[:5]}. Write one with Classifier.save"
+        )
     if int(arrays["format"]) != FORMAT:
-        raise ValueError(f"path: {path} has format {int(arrays['format'])}; this version reads {FORMAT}. Train it again")
+        raise ValueError(f"path: {path} has format {int(arrays['format'])}; this version reads {FORMAT}. Train again")
     params = {k.removeprefix("params/"): v for k, v in arrays.items() if k.startswith("params/")}
     return Classifier(params, tuple(int(s) for s in arrays["shape"]), int(arrays["classes"]))
 
@@ -173,22 +180,23 @@ def classifier(
     x: Any,
     labels: Any,
     *,
-    steps: int = 500,
+    steps: int = 1500,
     batch: int = 64,
     rate: float = 3e-3,
-    width: int = 16,
+    width: int = 32,
     features: int = 64,
-    augment: float = 1.0,
+    augment: float = 0.7,
     seed: int = 0,
 ) -> Classifier:
     """Train a small convolutional classifier.   min E CE(f(warp(x)), y),  warp a random affine map
 
-    Use data that neither the scored model nor the scores see (a third split): features trained on the reference flatter it.
-    Deterministic by seed on one kind of device. Horizontal flips are not among the warps: digits have none.
+    Use data that neither the scored model nor the scores see (a third split): features trained on the reference flatter
+    it. Deterministic by seed on one kind of device. Horizontal flips are not among the warps: digits have none.
 
-    Args: x: [N, H, W, C] floating, in the range that will be scored, H, W >= 4.   labels: [N] integers from 0; each class is
-        needed at least once.   steps, batch, rate: of AdamW, > 0.   width: channels of the first layer.   features: size of
-        the last hidden layer.   augment: strength of the warps, 0 for none.   seed: of weights, batches and warps.
+    Args: x: [N, H, W, C] floating, in the range that will be scored, H, W >= 4.   labels: [N] integers from 0; each
+        class is needed at least once.   steps, batch, rate: of AdamW, > 0.   width: channels of the first layer.
+        features: size of the last hidden layer.   augment: strength of the warps, 0 for none.   seed: of weights,
+        batches and warps.
     Returns: a `Classifier` with `.features(x)`, `.predict(x)`, `.accuracy(x, labels)`, `.extractor()`, `.save(path)`.
     Raises: ValueError: no pictures, labels that do not fit, a missing class, NaN, numbers out of range.
     """
@@ -204,7 +212,7 @@ def classifier(
     missing = np.setdiff1d(np.arange(classes), labels)
     if classes < 2 or missing.size:
         raise ValueError(
-            f"labels must hold every class from 0 to the largest, at least two; got {classes} with {missing.tolist()} missing"
+            f"labels must hold every class from 0 to the largest, at least two; missing {missing.tolist()} of {classes}"
         )
     params = _init(seed, x.shape[1:], classes, width, features)
     params |= {"mean": np.float32(x.mean(dtype=np.float64)), "std": np.float32(max(x.std(dtype=np.float64), 1e-6))}

@@ -14,7 +14,7 @@ from diffjax.types import Metric
 
 
 def neighbour_votes(n: int) -> Any:
-    """The default classifier of the two-sample test: the votes of `sqrt(n)` nearest neighbours (odd, so that none is tied)."""
+    """The default classifier of the two-sample test: votes of `sqrt(n)` nearest neighbours, an odd number."""
     from sklearn.neighbors import KNeighborsClassifier
 
     return KNeighborsClassifier(int(np.sqrt(n)) // 2 * 2 + 1)
@@ -30,12 +30,12 @@ def c2st(
 ) -> Metric:
     """Classifier two-sample test: how well real and fake are told apart.   accuracy = (1 / 2n) sum 1[f(z_i) = l_i]
 
-    Features are standardised and the predictions cross-validated; the larger set is cut to the size of the smaller, items in
-    the order given. The p-value is that of at least as many hits under a fair coin (folds are taken as independent). Needs
-    all samples: the state is the set of features, merge is concatenation.
+    Features are standardised and the predictions cross-validated; the larger set is cut to the size of the smaller,
+    items in the order given. The p-value is that of at least as many hits under a fair coin (folds are taken as
+    independent). Needs all samples: the state is the set of features, merge is concatenation.
 
-    Args: reference: [N, ...].   extractor: default `pixels()`.   estimator: `(training items) -> scikit-learn classifier`.
-        folds: >= 2.   seed: of the folds.
+    Args: reference: [N, ...].   extractor: default `pixels()`.   estimator: `(training items) -> scikit-learn
+        classifier`. folds: >= 2.   seed: of the folds.
     Returns: a metric whose score is `{'accuracy', 'p_value'}`: accuracy 0.5 for equal laws, 1 for separable ones.
     Raises: ValueError: fewer than 2 folds, fewer items than folds, bad samples.
     Reference: arXiv:1610.06545#Eq.2
@@ -73,6 +73,7 @@ def accuracy(predict: Callable[[Any], Any]) -> Metric:
     Args: predict: `x -> labels [n]`, for example `classifier(...).predict`.
     Returns: a metric whose score is a float in [0, 1].
     Raises: ValueError: not a pair, labels that are not n integers, bad samples, no samples.
+
     Example:
         >>> from diffjax import metrics
         >>> metrics.score(accuracy(lambda x: x[:, 0] > 0), (np.array([[1.0], [-1.0]]), np.array([1, 1])))

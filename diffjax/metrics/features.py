@@ -1,10 +1,9 @@
-"""Feature extractors: what the scores measure distance in. Pixels, a fixed random network, weights of the user's own."""
+"""Feature extractors: the space scores measure in. Pixels, a fixed random network, the user's own weights."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ def check_samples(name: str, x: Any, least: int = 1, shape: tuple[int, ...] | No
     """`x` as a finite floating NumPy array `[N, ...]` with at least `least` items (of `shape`, if given).
 
     Raises: ValueError: integers, a missing batch axis, an empty or too small set, another item shape, NaN or Inf.
+
     Example:
         >>> check_samples("samples", np.zeros((4, 2))).shape
         (4, 2)
@@ -49,9 +49,9 @@ def check_samples(name: str, x: Any, least: int = 1, shape: tuple[int, ...] | No
 class FeatureExtractor:
     """A named map from a batch to feature vectors.   x [N, ...] -> f(x) [N, d]
 
-    Inputs are floating, channels-last and in the encoded range of the data (standardised or [-1, 1]); fake and real must be
-    in the same range: nothing here can tell a shifted range from a bad model. `inception` says that the features are those
-    of Inception weights that the user supplied; only then may a Frechet distance be called FID.
+    Inputs are floating, channels-last and in the encoded range of the data (standardised or [-1, 1]); fake and real
+    must be in the same range: nothing here can tell a shifted range from a bad model. `inception` says that the
+    features are those of Inception weights that the user supplied; only then may a Frechet distance be called FID.
     """
 
     name: str
@@ -91,11 +91,12 @@ def pixels() -> FeatureExtractor:
     return FeatureExtractor("pixels", _flat, chunk=None)
 
 
-def user(f: Callable[[Any], Any], name: str, *, inception: bool = False, chunk: int | None = 1024) -> FeatureExtractor:
+def user(f: Any, name: str, *, inception: bool = False, chunk: int | None = 1024) -> FeatureExtractor:
     """Any function `[N, ...] -> [N, d]` as an extractor; the last chunk is padded, so `f` must treat items one by one.
 
     Args: f: the function.   name: ends the names of its scores.   inception: the features are Inception's.
     Raises: ValueError: `f` is not callable.
+
     Example:
         >>> user(lambda x: x.mean(axis=(1, 2)), "means")(np.ones((2, 4, 4, 3))).shape
         (2, 3)
@@ -115,7 +116,7 @@ def philox_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
 
     Example:
         >>> philox_normal(0, 0, (2,)).round(6).tolist()
-        [-0.094307, -0.130926]
+        [0.116557, -0.683532]
     """
     n = int(np.prod(shape))
     raw = np.random.Philox(key=np.array([seed, stream], np.uint64)).random_raw(2 * n)
@@ -124,7 +125,7 @@ def philox_normal(seed: int, stream: int, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def patches(x: jax.Array) -> jax.Array:
-    """The nine 3x3 neighbours of every pixel, as channels: slices and a matmul beat XLA's convolution at small sizes."""
+    """The 3x3 neighbours of every pixel as channels: slices and a matmul beat XLA's convolution at small sizes."""
     h, w = x.shape[1:3]
     x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     return jnp.concatenate([x[:, i : i + h, j : j + w] for i in range(3) for j in range(3)], -1)
@@ -143,16 +144,18 @@ def stages(h: int, w: int) -> int:
 
 
 def quadrants(x: jax.Array) -> jax.Array:
-    """Means over the four overlapping-free quarters of the picture, `[N, 4 C]`."""
+    """Means over the four quarters of the picture, `[N, 4 C]`."""
     h, w = x.shape[1] // 2, x.shape[2] // 2
-    return jnp.concatenate([x[:, i, j].mean((1, 2)) for i in (slice(h), slice(h, None)) for j in (slice(w), slice(w, None))], -1)
+    return jnp.concatenate(
+        [x[:, i, j].mean((1, 2)) for i in (slice(h), slice(h, None)) for j in (slice(w), slice(w, None))], -1
+    )
 
 
 def check_pictures(name: str, shape: tuple[int, ...]) -> None:
     """Raises: ValueError: not [N, H, W, C] with H, W >= 4."""
     if len(shape) != 4 or min(shape[1:3]) < 4 or shape[3] < 1:
         raise ValueError(
-            f"{name} needs pictures [N, H, W, C] with H, W >= 4, channels last; got shape {shape}. Use pixels() for vectors"
+            f"{name} needs pictures [N, H, W, C] with H, W >= 4; got shape {shape}. Use pixels() for vectors"
         )
 
 
@@ -183,14 +186,15 @@ class _RandomConvolution:
 
 
 def random_convolution(seed: int = 0, version: int = 1) -> FeatureExtractor:
-    """A fixed random convolutional network: one 3x3 layer of 32 channels per halving.   f = (mean of layer 1, quarters of the last)
+    """A fixed random convolutional network.   f = (mean of the first layer, means over quarters of the last)
 
-    Its distances rank corruptions of pictures, the moment-matched Gaussian included, without any training, and the weights
-    are the same on every machine for a seed and a version. 160 features for pictures of any size.
+    Its distances rank corruptions of pictures, the moment-matched Gaussian included, without any training, and the
+    weights are the same on every machine for a seed and a version. One 3x3 layer of 32 channels per halving of the
+    picture; 160 features for every size.
 
     Args: seed: of the weights.   version: of the network; only listed versions exist, and they do not change.
     Raises: ValueError: unknown version, negative seed; when called: no pictures [N, H, W, C] with H, W >= 4.
-    Reference: random features, Saxe et al. 2011 (ICML); for Frechet distances, Naeem et al., arXiv:2002.09797, section 5.
+    Reference: random embeddings for such scores, arXiv:2002.09797
     """
     if version not in VERSIONS:
         raise ValueError(f"version of the random convolution must be one of {VERSIONS}; got {version}")
@@ -205,29 +209,11 @@ def random_convolution(seed: int = 0, version: int = 1) -> FeatureExtractor:
 def read_npz(path: Any) -> dict[str, np.ndarray]:
     """The arrays of an `.npz`, never unpickled.   Raises: ValueError: missing, unreadable, or holds Python objects."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with open(path, "rb") as raw, np.load(raw, allow_pickle=False) as file:
             return {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise ValueError(f"path: no file {path}; give the path of an .npz file of weights") from None
     except Exception as error:
         raise ValueError(
-            f"path: {path} is not an .npz file of plain arrays ({error}); save it with numpy.savez, without object arrays"
+            f"path: {path} is not an .npz of plain arrays ({error}); save it with numpy.savez, without object arrays"
         ) from error
-
-
-def weights_file(
-    path: Any, apply: Callable[[dict[str, Any], Any], Any] | None = None, name: str = "weights", *, inception: bool = False
-) -> FeatureExtractor:
-    """Features of weights from an `.npz` file.   f(x) = apply(weights, x)
-
-    Args: path: the file; read without unpickling.   apply: `(dict of arrays, x [N, ...]) -> [N, d]`; left out, the file must
-        be one that `Classifier.save` wrote.   name: ends the names of its scores.   inception: the weights are those of
-        Inception, so that the Frechet distance of these features is FID.
-    Raises: ValueError: unreadable file, or neither `apply` nor a classifier file.
-    """
-    from diffjax.metrics.classifier import load_classifier
-
-    if apply is None:
-        return dataclasses.replace(load_classifier(path).extractor(), name=name, inception=inception)
-    weights = jax.tree.map(jnp.asarray, read_npz(path))
-    return FeatureExtractor(name, partial(jax.jit(apply), weights), inception)

@@ -1,4 +1,4 @@
-"""Scores from means over pairs: kernel distances and the energy distance, all unbiased, so zero on average for equal laws."""
+"""Scores from means over pairs: kernel distances and the energy distance, unbiased: zero on average for equal laws."""
 
 from __future__ import annotations
 
@@ -47,16 +47,17 @@ def kid(
     seed: int = 0,
     chunk: int | None = None,
 ) -> Metric:
-    """Kernel distance: unbiased MMD^2 of a polynomial kernel.   E k(x,x') + E k(r,r') - 2 E k(x,r),  k = (a.b / d + 1)^3
+    """Kernel distance, unbiased MMD^2.   E k(x,x') + E k(r,r') - 2 E k(x,r),  k = (a.b / d + 1)^3
 
-    The value is the estimate over all pairs; its standard error comes from subsets drawn without replacement, their standard
-    deviation times sqrt(subset size / n). Needs all samples: the state is the set of features, merge is concatenation.
+    The value is the estimate over all pairs; its standard error comes from subsets drawn without replacement, their
+    standard deviation times sqrt(subset size / n). Needs all samples: the state is the set of features, merge is
+    concatenation.
 
     Args: reference: [N, ...], N >= 4.   extractor: default `pixels()`.   subsets: >= 2.   subset_size: at most; half of
         the smaller set is never exceeded.   seed: of the subsets.   chunk: rows of pairs at once.
     Returns: a metric whose score is `{'kid', 'standard_error'}`; about zero, and as often negative, for equal laws.
     Raises: ValueError: fewer than 4 items, fewer than 2 subsets or a subset of fewer than 2, bad samples.
-    Reference: arXiv:1801.01401#Eq.4
+    Reference: arXiv:1801.01401#Sec.4
     """
     if subsets < 2 or subset_size < 2:
         raise ValueError(f"subsets and subset_size must be at least 2; got {subsets} and {subset_size}")
@@ -67,7 +68,9 @@ def kid(
         m = min(subset_size, n // 2)
         rng = np.random.default_rng(seed)
         index = [np.stack([rng.permutation(len(s))[:m] for _ in range(subsets)]) for s in (ref, x)]
-        drawn = np.asarray(_subset_kids(*(jnp.asarray(s, jnp.float32) for s in (ref, x)), *map(jnp.asarray, index), degree))
+        drawn = np.asarray(
+            _subset_kids(*(jnp.asarray(s, jnp.float32) for s in (ref, x)), *map(jnp.asarray, index), degree)
+        )
         return {"kid": value, "standard_error": float(drawn.astype(np.float64).std(ddof=1) * np.sqrt(m / n))}
 
     return over_reference(reference, extractor or pixels(), finish, least=4)
@@ -83,7 +86,7 @@ def median_distance(features: Any) -> float:
     x = np.asarray(features[:MEDIAN_ITEMS], np.float64)
     square = (x * x).sum(1)
     d2 = square[:, None] + square[None, :] - 2 * x @ x.T
-    return float(np.sqrt(np.median(np.maximum(d2[np.triu_indices(len(x), 1)], 0.0))))
+    return float(np.median(np.sqrt(np.maximum(d2[np.triu_indices(len(x), 1)], 0.0))))
 
 
 def mmd(
@@ -98,7 +101,8 @@ def mmd(
     The default bandwidth `h` is the median distance within the reference. Needs all samples: the state is the set of
     features, merge is concatenation.
 
-    Args: reference: [N, ...], N >= 2.   extractor: default `pixels()`.   bandwidth: > 0.   chunk: rows of pairs at once.
+    Args: reference: [N, ...], N >= 2.   extractor: default `pixels()`.   bandwidth: > 0.   chunk: rows of pairs at
+        once.
     Returns: a metric whose score is a float; about zero, and as often negative, for equal laws.
     Raises: ValueError: bandwidth not positive (the median is zero if most reference items are equal), bad samples.
     Reference: Gretton et al. 2012 (JMLR 13), Eq. 3
@@ -124,7 +128,7 @@ def energy(reference: Any, extractor: FeatureExtractor | None = None, *, chunk: 
     Args: reference: [N, ...], N >= 2.   extractor: default `pixels()`.   chunk: rows of pairs at once.
     Returns: a metric whose score is a float; about zero, and as often negative, for equal laws.
     Raises: ValueError: fewer than 2 items, bad samples.
-    Reference: Szekely, Rizzo 2013 (J. Statistical Planning and Inference 143), Eq. 5
+    Reference: Szekely, Rizzo 2013 (J. Statistical Planning and Inference 143)
     """
 
     def finish(ref: np.ndarray, x: np.ndarray) -> float:

@@ -23,19 +23,20 @@ def memorisation(
     duplicates: float = 0.1,
     chunk: int | None = None,
 ) -> Metric:
-    """Nearest-training-item distances of samples beside those of held-out items.   nn = med d(x, train) / med d(held_out, train)
+    """Closeness to the training data, beside held-out data's.   nn = median d(x, train) / median d(held_out, train)
 
-    `nn` below 1: samples lie closer to the training set than new real data do. `near`: the share of samples closer than the
-    `quantile` of the held-out distances, which is `quantile` for a faithful model. A copy is nearer than `duplicates` times
-    the median held-out distance, an exact one nearer than 1e-4 of it. Needs all samples: the state is the set of features,
-    merge is concatenation.
+    `nn` below 1: samples lie closer to the training set than new real data do. `near`: the share of samples closer than
+    the `quantile` of the held-out distances, which is `quantile` for a faithful model. A copy is nearer than
+    `duplicates` times the median held-out distance, an exact one nearer than 1e-4 of it. Needs all samples: the state
+    is the set of features, merge is concatenation.
 
-    Args: train, held_out: [N, ...] real items, held_out not trained on.   extractor: default `pixels()`.   quantile: in (0, 1).
-        duplicates: in (0, 1).   chunk: rows of pairs at once.
-    Returns: a metric whose score is `{'nn', 'near', 'copies', 'near_copies', 'repeats', 'near_repeats'}`: copies of training
-        items among the samples, and samples that repeat an earlier sample, counted.
-    Raises: ValueError: numbers out of range, train and held_out of different shapes, every held-out item a training item.
-    Reference: nearest-neighbour memorisation ratio, Meehan et al., arXiv:2004.05675, section 3.
+    Args: train, held_out: [N, ...] real items, held_out not trained on.   extractor: default `pixels()`.   quantile: in
+        (0, 1). duplicates: in (0, 1).   chunk: rows of pairs at once.
+    Returns: a metric whose score is `{'nn', 'near', 'copies', 'near_copies', 'repeats', 'near_repeats'}`: copies of
+        training items among the samples, and samples that repeat an earlier sample, counted.
+    Raises: ValueError: numbers out of range, train and held_out of different shapes, every held-out item a training
+        item.
+    Reference: tests for data copying against held-out distances, arXiv:2004.05675
     """
     for name, value in (("quantile", quantile), ("duplicates", duplicates)):
         if not 0 < value < 1:

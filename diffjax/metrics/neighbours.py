@@ -20,19 +20,23 @@ def _check_k(k: int) -> None:
 def precision_recall(
     reference: Any, extractor: FeatureExtractor | None = None, k: int = 3, *, chunk: int | None = None
 ) -> Metric:
-    """Share of samples in the reference's manifold, and of the reference in the samples'.   manifold = union of k-NN balls
+    """Share of samples in the reference's manifold, and the reverse.   manifold = union of k-NN balls
 
-    A ball reaches from an item to its k-th neighbour in its own set, surface included. Needs all samples: the state is the
-    set of features, merge is concatenation. Both depend on the number of items: use equal numbers, and compare with a floor.
+    A ball reaches from an item to its k-th neighbour in its own set, surface included. Needs all samples: the state is
+    the set of features, merge is concatenation. Both depend on the number of items: use equal numbers, and compare with
+    a floor.
 
-    Args: reference: [N, ...], N >= k + 1.   extractor: default `pixels()`.   k: neighbours.   chunk: rows of pairs at once.
+    Args: reference: [N, ...], N >= k + 1.   extractor: default `pixels()`.   k: neighbours.   chunk: rows of pairs at
+        once.
     Returns: a metric whose score is `{'precision', 'recall'}`, each in [0, 1].
     Raises: ValueError: k < 1, fewer than k + 1 items on either side, bad samples.
+
     Example:
         >>> from diffjax import metrics
         >>> ref = np.array([[0.0], [1.0], [10.0], [11.0]])
-        >>> metrics.score(metrics.precision_recall(ref, k=1), np.array([[0.2], [0.5], [0.7], [30.0]]))
+        >>> metrics.score(metrics.precision_recall(ref, k=1), np.array([[0.2], [0.9], [1.2], [5.0]]))
         {'precision': 0.75, 'recall': 0.5}
+
     Reference: arXiv:1904.06991#Eq.2
     """
     _check_k(k)
@@ -55,11 +59,12 @@ def density_coverage(
     An outlier in the reference weighs less than in `precision_recall`, and balls of the samples are not used. Needs all
     samples: the state is the set of features, merge is concatenation.
 
-    Args: reference: [N, ...], N >= k + 1.   extractor: default `pixels()`.   k: neighbours.   chunk: rows of pairs at once.
+    Args: reference: [N, ...], N >= k + 1.   extractor: default `pixels()`.   k: neighbours.   chunk: rows of pairs at
+        once.
     Returns: a metric whose score is `{'density', 'coverage'}`: density is about 1 for equal laws and not bounded by it,
         coverage is in [0, 1].
     Raises: ValueError: k < 1, fewer than k + 1 reference items, bad samples.
-    Reference: arXiv:2002.09797#Eq.3
+    Reference: arXiv:2002.09797#Sec.3
     """
     _check_k(k)
 

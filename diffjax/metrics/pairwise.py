@@ -1,4 +1,4 @@
-"""Sums, counts and neighbours over all pairs of two feature sets, row chunk by row chunk, so that memory stays bounded."""
+"""Sums, counts and neighbours over all pairs of two feature sets, by chunks of rows, so that memory stays bounded."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ ROUNDING = 2e-6  # float32 error of |a|^2 + |b|^2 - 2 a.b over its terms: closer
 def map_rows(f: Callable[..., Any], a: Any, b: Any, *args: Any, same: bool = False, chunk: int | None = None) -> Any:
     """`f(rows of a, b, row numbers, *args)` for every chunk of rows, gathered on the host.
 
-    Args: f: jitted, returns a pytree of `[rows, ...]`.   a: [N, d].   b: [M, d].   same: `a` is `b`; the row numbers are then
-        their indices, so that `f` can leave out the diagonal, else -1.   chunk: rows at once; default from a memory budget.
+    Args: f: jitted, returns a pytree of `[rows, ...]`.   a: [N, d].   b: [M, d].   same: `a` is `b`; the row numbers
+        are then their indices, so that `f` can leave out the diagonal, else -1.   chunk: rows at once; default from a
+        memory budget.
     Returns: a pytree of NumPy arrays `[N, ...]`, equal up to rounding for every `chunk`.
     Raises: ValueError: `chunk` below 1.
     """
@@ -34,7 +35,9 @@ def map_rows(f: Callable[..., Any], a: Any, b: Any, *args: Any, same: bool = Fal
         real = len(part)
         rows = start + np.arange(size, dtype=np.int32) if same else np.full(size, -1, np.int32)
         part = np.concatenate([part, np.repeat(part[-1:], size - real, 0)])  # one shape, so one compilation
-        parts.append(jax.tree.map(lambda v, k=real: np.asarray(v)[:k], f(jnp.asarray(part), b, jnp.asarray(rows), *args)))
+        parts.append(
+            jax.tree.map(lambda v, k=real: np.asarray(v)[:k], f(jnp.asarray(part), b, jnp.asarray(rows), *args))
+        )
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
 
 
@@ -92,7 +95,7 @@ def _count_inside(a: jax.Array, b: jax.Array, rows: jax.Array, radii: jax.Array)
 
 
 def count_inside(a: np.ndarray, b: np.ndarray, radii: np.ndarray, *, chunk: int | None = None) -> np.ndarray:
-    """For every row of `a`, how many balls of centre `b_j` and radius `radii[j]` hold it; the surface belongs to a ball."""
+    """How many balls of centre `b_j` and radius `radii[j]` hold a row of `a`, [N]; a surface belongs to its ball."""
     b, a = centred(b, a)
     return map_rows(_count_inside, a, b, jnp.asarray(radii, jnp.float32), chunk=chunk)
 
@@ -112,7 +115,9 @@ def _polynomial(a: jax.Array, b: jax.Array, rows: jax.Array, degree: int) -> jax
     return row_sums(off_diagonal((dot(a, b) / a.shape[1] + 1) ** degree, rows, 0.0))
 
 
-def mean_pair(f: Callable[..., Any], a: np.ndarray, b: np.ndarray | None, *args: Any, chunk: int | None = None) -> float:
+def mean_pair(
+    f: Callable[..., Any], a: np.ndarray, b: np.ndarray | None, *args: Any, chunk: int | None = None
+) -> float:
     """The mean of a pair function over `a x b`, or over the pairs of two different rows of `a` where `b` is None."""
     sums = map_rows(f, a, a if b is None else b, *args, same=b is None, chunk=chunk)
     return float(sums.astype(np.float64).sum() / (len(a) * (len(a) - 1 if b is None else len(b))))

@@ -19,10 +19,11 @@ def evaluate(metric: Metric, batches: Iterable[Any]) -> Any:
     Args: metric: any metric.   batches: what its `update` takes, at least one.
     Returns: a float, or a dict of floats.
     Raises: ValueError: no batches; bad samples, as the metric says.
+
     Example:
         >>> import numpy as np
         >>> from diffjax import metrics
-        >>> metrics.evaluate(metrics.frechet(np.array([[0.0], [2.0]])), [np.array([[1.0]]), np.array([[3.0]])])
+        >>> metrics.evaluate(metrics.exact_w2(np.array([[0.0], [2.0]])), [np.array([[1.0]]), np.array([[3.0]])])
         1.0
     """
     state, empty = metric.init(), True
@@ -54,7 +55,7 @@ def merge_all(metric: Metric, states: Iterable[PyTree]) -> PyTree:
 
 
 class Moments(NamedTuple):
-    """Count, mean and sum of centred outer products of a set, float64 on the host; `mean` is `[d]`, or `[0]` while empty."""
+    """Count, mean and sum of centred outer products of a set, float64 on the host; `mean` has shape [0] while empty."""
 
     count: Any
     mean: Any
@@ -78,7 +79,7 @@ def merge_moments(a: Moments, b: Moments) -> Moments:
 
     Nothing is ever a difference of large sums, so a mean far from zero costs no digits.
 
-    Reference: Chan, Golub, LeVeque 1979 (Stanford STAN-CS-79-773), Eq. 2.1.
+    Reference: Chan, Golub, LeVeque 1979 (Stanford STAN-CS-79-773).
     """
     if b.count == 0:
         return a
@@ -119,7 +120,7 @@ def over_reference(
     finish: Callable[[np.ndarray, np.ndarray], Any],
     least: int = 1,
 ) -> Metric:
-    """`over_set` against a reference of the same kind of items: `finish(reference features, sample features) -> score`."""
+    """`over_set` against a reference of the same kind of items: `finish(reference features, features) -> score`."""
     reference = check_samples("reference", reference, least)
     features = extractor(reference, "reference")
     return over_set(extractor, reference.shape[1:], lambda x: finish(features, x), least)
