@@ -1,0 +1,46 @@
+"""Losses `(key, denoiser, x0, cond, items=None) -> ([B], aux)`, never reduced, and couplings of noise and data."""
+
+from diffjax.losses.checks import check_batch, check_labels
+from diffjax.losses.coupling import exact, independent, k_nearest_noise, minibatch_assignment, sinkhorn
+from diffjax.losses.denoising import (
+    denoising_loss,
+    error_scale,
+    flow_matching,
+    log_variance_of_aux,
+    noise_prediction,
+    score_matching,
+    v_prediction,
+)
+from diffjax.losses.likelihood import GaussianDecoder, LevelDecoder, discrete_bound, variational_bound
+from diffjax.prediction import EdmTarget
+from diffjax.times import laws
+from diffjax.types import Card
+
+
+def _edm(mean=-1.2, std=1.2, sigma_data=0.5, **options):
+    return denoising_loss(laws.lognormal(mean, std), EdmTarget(sigma_data), **options)
+
+
+CATALOGUE: dict[str, Card] = {
+    "denoising": Card(denoising_loss, "arXiv:2206.00364#Eq.2", "squared error in any space, law and weighting"),
+    "eps": Card(noise_prediction, "arXiv:2006.11239#Eq.14", "the simple loss on the noise"),
+    "v": Card(v_prediction, "arXiv:2202.00512#Sec.4", "on alpha eps - sigma x0"),
+    "flow_matching": Card(flow_matching, "arXiv:2210.02747#Eq.14", "on the velocity dx/dt"),
+    "score_matching": Card(score_matching, "arXiv:2011.13456#Eq.7", "on the score, weight sigma^2"),
+    "edm": Card(_edm, "arXiv:2206.00364#Eq.8", "unit weight on EDM's network target, log-normal noise"),
+    "variational_bound": Card(variational_bound, "arXiv:2107.00630#Eq.17", "bits per dimension, continuous time"),
+    "discrete_bound": Card(discrete_bound, "arXiv:2107.00630#Eq.13", "bits per dimension, T steps"),
+}
+
+COUPLINGS: dict[str, Card] = {
+    "independent": Card(lambda: independent, "", "noise that knows nothing of the data"),
+    "minibatch_assignment": Card(minibatch_assignment, "arXiv:2406.12303#Alg.1", "least transport cost in the batch"),
+    "k_nearest_noise": Card(k_nearest_noise, "arXiv:2505.18521", "the nearest of k noises"),
+}
+
+__all__ = [
+    "CATALOGUE", "COUPLINGS", "GaussianDecoder", "LevelDecoder", "check_batch", "check_labels",
+    "denoising_loss", "discrete_bound", "error_scale", "exact", "flow_matching", "independent", "k_nearest_noise",
+    "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn", "v_prediction",
+    "variational_bound",
+]  # fmt: skip
