@@ -67,7 +67,7 @@ class DenoisingLoss:
         t = self.times(k_time, process, items)
         eps = self.coupling(k_noise, x0, items)
         cond = drop_labels(k_drop, denoiser, cond, items, self.label_drop)
-        e = denoiser.evaluate(process.add_noise(x0, eps, t), t, cond, key=k_net)
+        e = denoiser.evaluate(process.add_noise(x0, eps, t), t, cond, key=nu.item_keys(k_net, items))
         mse = mean_square(nu.sub(self.space(e.prediction, process, t), self.space(Prediction(x0, eps), process, t)))
         loss = mse
         if self.weight is not None:

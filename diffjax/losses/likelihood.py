@@ -107,14 +107,15 @@ class VariationalBound:
         def term(total: Any, k: Any) -> Any:
             place = (k.astype(u.dtype) + u) / self.samples  # one draw per stratum
             eps = nu.item_normal(keys, k, x0)
-            dropout = jax.random.fold_in(k_net, k)
+            dropout = nu.item_keys(jax.random.fold_in(k_net, k), items)
             return total + self._diffusion(process, denoiser, data, noise, x0, cond, place, eps, dropout), None
 
         dims = sum(math.prod(a.shape[1:]) for a in jax.tree.leaves(x0))
         diffusion = jax.lax.scan(term, jnp.zeros_like(u), jnp.arange(self.samples))[0] / self.samples
         prior = _prior(process, noise, x0)
         z = process.add_noise(x0, nu.item_normal(nu.item_keys(k_read, items), 0, x0), data)
-        mean = denoiser.evaluate(z, data, cond, key=jax.random.fold_in(k_net, self.samples)).prediction.x0
+        dropout = nu.item_keys(jax.random.fold_in(k_net, self.samples), items)
+        mean = denoiser.evaluate(z, data, cond, key=dropout).prediction.x0
         std = process.sigma(data) / process.alpha(data)
         reconstruction = -_total(jax.tree.map(lambda a, m: self.decoder(a, m, std.astype(a.dtype)), x0, mean))
         parts = {"prior": prior, "diffusion": diffusion, "reconstruction": reconstruction}

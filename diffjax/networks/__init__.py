@@ -1,0 +1,116 @@
+"""Networks: Flax linen modules `net(x, t, cond, train=False)` that know nothing of processes, taps to reach inside
+them, and adapters that make linen and nnx modules pure functions.
+
+`x` is batch-first and channels-last, `t` is the float time code that the denoiser passes, `cond` follows the convention
+of `diffjax.networks.conditions`. Parameters are plain nested dicts of float32 arrays, outputs are float32.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, zeros
+from diffjax.networks.attention import Attention
+from diffjax.networks.conditions import Condition, null_condition, read_condition
+from diffjax.networks.dit import DiT
+from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions, sinusoids
+from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_blocks
+from diffjax.networks.mlp import MLP
+from diffjax.networks.taps import Tap, per_layer, tap_names, tapped
+from diffjax.networks.unet import UNet
+from diffjax.types import Card
+
+__all__ = [
+    "CATALOGUE",
+    "Attention",
+    "Condition",
+    "Conv",
+    "DiT",
+    "FromLinen",
+    "FromNNX",
+    "LabelEmbedding",
+    "MLP",
+    "Tap",
+    "TimeCode",
+    "UNet",
+    "from_linen",
+    "from_nnx",
+    "grid_positions",
+    "initialise",
+    "native",
+    "null_condition",
+    "parameter_count",
+    "per_layer",
+    "random_parameters",
+    "read_condition",
+    "sinusoids",
+    "slices",
+    "stack_blocks",
+    "tap_names",
+    "tapped",
+    "unstack_blocks",
+]
+
+CATALOGUE: dict[str, Card] = {
+    "mlp": Card(MLP, summary="residual MLP for vectors, adaptive normalisation", flags=("vector",)),
+    "unet": Card(UNet, paper="arXiv:2006.11239#appB", summary="U-Net with FiLM and attention", flags=("image",)),
+    "dit": Card(DiT, paper="arXiv:2212.09748#3.2", summary="transformer with adaLN-zero", flags=("image",)),
+}
+
+
+def parameter_count(params: Any) -> int:
+    """How many numbers a pytree of arrays (or shapes) holds.
+
+    Example:
+        >>> parameter_count({"w": np.zeros((3, 4)), "b": np.zeros(4)})
+        16
+    """
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def initialise(module: nn.Module, key: jax.Array, x: Any, t: Any, cond: Any = None) -> Any:
+    """Fresh parameters from one jitted init.
+
+    Args: x, t, cond: arrays or `ShapeDtypeStruct`s; only shapes matter, and a batch of one is enough.
+    Returns: a nested dict of float32 arrays.
+    Raises: ValueError: the module has variables that are not parameters.
+
+    Example:
+        >>> from diffjax.networks.layers import Dense
+        >>> class Net(nn.Module):
+        ...     __call__ = nn.compact(lambda self, x, t, cond: Dense(3, name="out")(x))
+        >>> initialise(Net(), jax.random.key(0), np.zeros((1, 2), "float32"), 0.5)["out"]["kernel"].shape
+        (2, 3)
+    """
+    return from_linen(module).init(key, x, t, cond)
+
+
+def random_parameters(module: nn.Module, x: Any, t: Any, cond: Any = None, *, seed: int = 0, gain: float = 1.0) -> Any:
+    """Random parameters without compiling anything; outputs that `initialise` starts at zero are random as well.
+
+    For tests and benchmarks. Kernels are N(0, gain^2 / fan_in), every other array is N(0, 0.1^2), around one if its
+    name is `scale`, so that no layer hides behind a zero.
+    Args: as for `initialise`.
+    Returns: a nested dict of float32 NumPy arrays.
+
+    Example:
+        >>> random_parameters(MLP(width=8), np.zeros((1, 2), "float32"), 0.5)["in"]["kernel"].shape
+        (2, 8)
+    """
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *zeros((x, t, cond)))["params"]
+
+    def leaf(path: Any, a: Any) -> np.ndarray:
+        z = rng.standard_normal(a.shape)
+        name = path[-1].key
+        if name == "kernel":
+            stacked = any(getattr(p, "key", None) == "blocks" for p in path)  # a leading axis of layers
+            return (gain * z / math.sqrt(math.prod(a.shape[int(stacked) : -1]))).astype(a.dtype)
+        return (float(name == "scale") + 0.1 * z).astype(a.dtype)
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)

@@ -1,0 +1,91 @@
+"""Multi-head attention, used by all networks: of a sequence to itself, or to the tokens of a condition."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffjax.networks.layers import Dense, RMSNorm, at_least_float32
+from diffjax.networks.taps import Tap
+
+MATMUL_LENGTH = 256  # up to this many queries, heads-first matrix products beat einsum on a CPU
+
+
+def logits_of(q: Any, k: Any) -> jax.Array:
+    """`q k^T` per head, in float32.   [B, T, H, D], [B, S, H, D] -> [B, H, T, S]"""
+    if q.shape[1] <= MATMUL_LENGTH:
+        q, k = q.transpose(0, 2, 1, 3), k.transpose(0, 2, 3, 1)
+        return jnp.matmul(q, k, preferred_element_type=at_least_float32(q.dtype))
+    return jnp.einsum("bthd,bshd->bhts", q, k, preferred_element_type=at_least_float32(q.dtype))
+
+
+def weighted(weights: Any, v: Any) -> jax.Array:
+    """The values, mixed per head.   [B, H, T, S], [B, S, H, D] -> [B, T, H, D]"""
+    if weights.shape[2] <= MATMUL_LENGTH:
+        return (weights.astype(v.dtype) @ v.transpose(0, 2, 1, 3)).transpose(0, 2, 1, 3)
+    return jnp.einsum("bhts,bshd->bthd", weights.astype(v.dtype), v)
+
+
+def softmax(logits: Any, mask: Any = None) -> jax.Array:
+    """Softmax over the last axis of what `mask` lets through; all zeros where it lets nothing through.
+
+    Args: logits: [B, H, T, S].   mask: [B, S] bool or None.
+
+    Example:
+        >>> softmax(jnp.zeros((1, 1, 1, 2)), jnp.array([[True, False]])).ravel().tolist()
+        [1.0, 0.0]
+    """
+    if mask is None:
+        return jax.nn.softmax(logits, axis=-1)
+    mask = mask[:, None, None, :]
+    weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
+    return jnp.where(mask, weights, jnp.zeros((), weights.dtype))
+
+
+class Attention(nn.Module):
+    """Multi-head attention.   y = softmax(q k^T / sqrt(D)) v W
+
+    Taps: `q`, `k`, `v` [B, T, H, D]; `logits` [B, H, T, S] before the mask, `weights` after the softmax, both float32;
+    a written `weights` is used as it is.
+    Args: x: [B, T, d].   tokens: [B, S, e] to attend to, default x itself.   mask: [B, S] bool, False is not attended
+    to. Where all is masked the result is exactly zero: attention to tokens has no output bias.
+    Returns: [B, T, d].
+    Raises: ValueError: d not divisible by heads.
+
+    Example:
+        >>> v = jax.eval_shape(Attention(2).init, jax.random.key(0), jnp.zeros((1, 4, 8)))
+        >>> v["params"]["qkv"]["kernel"].shape
+        (8, 24)
+
+    Reference: Vaswani et al. 2017, arXiv:1706.03762, Eq. 1; qk_norm: Dehghani et al. 2023, arXiv:2302.05442, section
+    2.1.
+    """
+
+    heads: int
+    qk_norm: bool = False
+    zero: bool = False  # start with a zero output
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Any, tokens: Any = None, mask: Any = None) -> jax.Array:
+        """Mix `v` of `tokens`, or of x itself."""
+        d = x.shape[-1]
+        if d % self.heads:
+            raise ValueError(f"attention needs a width divisible by heads; got width {d} and heads={self.heads}")
+        split = lambda a, n: jnp.split(a.reshape(*a.shape[:2], n * self.heads, d // self.heads), n, axis=2)
+        if tokens is None:
+            q, k, v = split(Dense(3 * d, bias=True, dtype=self.dtype, name="qkv")(x), 3)
+        else:
+            (q,) = split(Dense(d, dtype=self.dtype, name="q_in")(x), 1)
+            k, v = split(Dense(2 * d, dtype=self.dtype, name="kv")(tokens.astype(self.dtype)), 2)
+        if self.qk_norm:
+            q = RMSNorm(name="q_norm")(q)
+            k = RMSNorm(name="k_norm")(k)
+        q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
+        logits = Tap(name="logits")(logits_of(q * (d // self.heads) ** -0.5, k))
+        weights = Tap(name="weights")(softmax(logits, mask))
+        y = weighted(weights, v).reshape(x.shape)
+        return Dense(d, zero=self.zero, bias=tokens is None, dtype=self.dtype, name="out")(y)

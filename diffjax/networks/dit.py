@@ -1,0 +1,147 @@
+"""A diffusion transformer: patches, adaptive layer normalisation that starts as the identity."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from diffjax.networks.attention import Attention
+from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
+from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat
+from diffjax.networks.taps import Tap
+
+
+def patches(x: Any, p: int) -> jax.Array:
+    """Cut into squares.   [B, H, W, C] -> [B, (H/p) (W/p), p p C]
+
+    Example:
+        >>> patches(jnp.zeros((1, 4, 6, 3)), 2).shape
+        (1, 6, 12)
+    """
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, (h // p) * (w // p), p * p * c)
+
+
+def unpatches(x: Any, p: int, h: int, w: int) -> jax.Array:
+    """The inverse of `patches`.   [B, (H/p) (W/p), p p C] -> [B, H, W, C]"""
+    b, _, d = x.shape
+    x = x.reshape(b, h // p, w // p, p, p, d // (p * p)).transpose(0, 1, 3, 2, 4, 5)
+    return x.reshape(b, h, w, d // (p * p))
+
+
+class DiTBlock(nn.Module):
+    """Attention, attention to tokens, MLP, each gated from zero.   x + gate * f(norm(x) (1 + scale) + shift)"""
+
+    width: int
+    heads: int
+    expand: int
+    qk_norm: bool
+    act: Callable[[Any], Any]
+    dropout: float
+    train: bool
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Any, layer: Any, c: Any, tokens: Any, mask: Any) -> tuple[Any, None]:
+        """One block; see `layers.repeat` for the form."""
+        mark_layer(layer)
+        adaptive = Dense(6 * self.width, zero=True, dtype=self.dtype, name="film")(c)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
+        h = modulate(plain_norm(x), shift_a, scale_a)
+        h = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="attention")(h)
+        x = x + gate_a * Tap(name="attended")(h)
+        if tokens is not None:
+            cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
+            x = x + cross(plain_norm(x), tokens, mask)
+        h = modulate(plain_norm(x), shift_m, scale_m)
+        h = self.act(Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h))
+        h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
+        h = Dense(self.width, dtype=self.dtype, name="out")(h)
+        x = x + gate_m * Tap(name="mixed")(h)
+        return Tap(name="block")(x), None
+
+
+class DiT(nn.Module):
+    """A diffusion transformer with adaLN-zero, for images of any size divisible by `patch`.   [B, H, W, C] -> [B, H,
+    W, C]
+
+    Conditions: label and vector by adaLN, tokens by cross-attention, image by channels (see `conditions`). Taps:
+    `block_i/{attended,mixed,block}` (`blocks/...` if scanned), `.../attention/{q,k,v,logits,weights}`, `.../cross/...`.
+    The output starts at zero.
+    Args of a call: x: [B, H, W, C].   t: scalar or [B].   train: use dropout.
+    Returns: [B, H, W, out_channels or C], at least float32.
+    Raises: ValueError: H or W not divisible by patch; width by heads or 4; shapes or conditions that do not fit.
+
+    Example:
+        >>> net = DiT(width=8, depth=1, heads=2)
+        >>> v = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 4, 4, 3)), jnp.zeros(1))
+        >>> v["params"]["out"]["kernel"].shape
+        (8, 12)
+
+    Reference: Peebles & Xie 2022, arXiv:2212.09748, section 3.2.
+    """
+
+    width: int = 64
+    depth: int = 4
+    heads: int = 4
+    patch: int = 2
+    expand: int = 4
+    num_classes: int = 0
+    vector_size: int = 0
+    token_size: int = 0
+    image_channels: int = 0
+    out_channels: int | None = None  # default those of x
+    qk_norm: bool = False
+    frequencies: Frequencies = UNIT
+    act: Callable[[Any], Any] = nn.gelu
+    dropout: float = 0.0
+    scan_layers: bool = False
+    remat: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
+        """The network at state x, time code t and condition."""
+        x = read_state(x, "[B, H, W, C]")
+        _, h, w, channels = x.shape
+        p = self.patch
+        if h % p or w % p:
+            raise ValueError(f"DiT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
+        condition = read_condition(
+            cond,
+            x,
+            num_classes=self.num_classes,
+            vector_size=self.vector_size,
+            token_size=self.token_size,
+            image_channels=self.image_channels,
+        )
+        code = Code(self.width, self.num_classes, self.vector_size, self.frequencies, dtype=self.dtype, name="code")
+        c = code(read_time(t, x), condition)
+        z = x.astype(self.dtype)
+        if condition.image is not None:
+            z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
+        z = z + jnp.asarray(grid_positions(h // p, w // p, self.width), self.dtype)[None]
+        fields = dict(
+            width=self.width,
+            heads=self.heads,
+            expand=self.expand,
+            qk_norm=self.qk_norm,
+            act=self.act,
+            dropout=self.dropout,
+            train=train,
+            dtype=self.dtype,
+        )
+        args = (c, condition.tokens, condition.mask)
+        z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
+        shift, scale = jnp.split(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), 2, axis=-1)
+        z = modulate(plain_norm(z), shift, scale)
+        out = self.out_channels or channels
+        y = Dense(p * p * out, zero=True, dtype=self.dtype, name="out")(z)
+        return unpatches(y, p, h, w).astype(at_least_float32(x.dtype))

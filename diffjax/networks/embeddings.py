@@ -1,0 +1,116 @@
+"""Embeddings: sinusoidal features of time, labels with a learned null, two-dimensional positions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax.networks.layers import Dense, fan_in_uniform
+
+Frequencies = tuple[float, float]
+UNIT: Frequencies = (1.0, 256.0)
+
+
+def sinusoids(t: Any, size: int, frequencies: Frequencies = UNIT) -> jax.Array:
+    """Sinusoidal features of a time code.   [cos(w_i t), sin(w_i t)],  w_i = low (high / low)^(i / (n - 1))
+
+    The default range suits codes whose range is about one: `t` in [0, 1] and `log(sigma) / 4`. For `1000 t` give
+    `(1e-3, 1)`. The lowest frequency should turn by about one radian over the whole range of `t`, the highest should
+    resolve the smallest difference that matters: `1 / high` of a time unit.
+    Args: t: any shape.   size: even, >= 2.   frequencies: `(low, high)` in radians per unit of `t`, 0 < low <= high.
+    Returns: [*t.shape, size] float32, whatever the dtype of computation, because bfloat16 cannot hold the phase.
+    Raises: ValueError: size odd or < 2; frequencies not positive or not increasing.
+
+    Example:
+        >>> sinusoids(0.0, 4).tolist()
+        [1.0, 1.0, 0.0, 0.0]
+
+    Reference: Vaswani et al. 2017, arXiv:1706.03762, section 3.5.
+    """
+    low, high = frequencies
+    if size < 2 or size % 2:
+        raise ValueError(f"size of time features must be even and at least 2; got {size}")
+    if not 0 < low <= high:
+        raise ValueError(f"frequencies must be (low, high) with 0 < low <= high; got {frequencies}")
+    w = np.geomspace(low, high, size // 2).astype(np.float32)
+    t = jnp.asarray(t, jnp.float32)[..., None]
+    phase = t * w.reshape((1,) * (t.ndim - 1) + (-1,))
+    return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+
+
+def grid_positions(height: int, width: int, size: int, max_period: float = 10000.0) -> np.ndarray:
+    """Two-dimensional sine-cosine positions: half of the features tell the row, half the column.   [height * width,
+    size]
+
+    Args: height, width: of the grid of patches.   size: a multiple of 4.
+    Raises: ValueError: size not a multiple of 4.
+
+    Example:
+        >>> grid_positions(2, 3, 8).shape
+        (6, 8)
+
+    Reference: Peebles & Xie 2022, arXiv:2212.09748, section 3.2.
+    """
+    if size % 4:
+        raise ValueError(f"the width of a network with 2-D positions must be a multiple of 4; got {size}")
+    w = max_period ** (-np.arange(size // 4) / (size // 4))
+    row, column = (axis.reshape(-1, 1) * w for axis in np.mgrid[:height, :width].astype(np.float64))
+    return np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=1).astype(np.float32)
+
+
+class TimeCode(nn.Module):
+    """An embedding of the time code.   Dense(act(Dense(sinusoids(t))))
+
+    Args: t: any shape, float.   Returns: [*t.shape, features].
+
+    Example:
+        >>> v = jax.eval_shape(TimeCode(8).init, jax.random.key(0), jnp.zeros(3))
+        >>> v["params"]["out"]["kernel"].shape
+        (8, 8)
+    """
+
+    features: int
+    size: int | None = None  # of the sinusoidal features; default as `features`
+    frequencies: Frequencies = UNIT
+    act: Callable[[Any], Any] = nn.silu
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, t: Any) -> jax.Array:
+        """Embed the time code."""
+        h = sinusoids(t, self.size or self.features, self.frequencies)
+        h = Dense(self.features, dtype=self.dtype, name="hidden")(h)
+        return Dense(self.features, dtype=self.dtype, name="out")(self.act(h))
+
+
+class LabelEmbedding(nn.Module):
+    """A table of `num_classes + 1` vectors; the last one, index `num_classes`, is the learned "no label".   y =
+    E[label]
+
+    A label outside [0, num_classes] gives NaN under jit, where it cannot be refused; `read_condition` refuses it
+    elsewhere.
+    Args: label: [B] integers.   Returns: [B, features].
+
+    Example:
+        >>> v = jax.eval_shape(LabelEmbedding(10, 4).init, jax.random.key(0), jnp.zeros(3, jnp.int32))
+        >>> v["params"]["table"].shape
+        (11, 4)
+    """
+
+    num_classes: int
+    features: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, label: Any) -> jax.Array:
+        """Look the labels up."""
+        # Rows of unit variance, so that label and time code enter their sum with the same size.
+        table = self.param("table", fan_in_uniform(fan_in=1), (self.num_classes + 1, self.features), jnp.float32)
+        rows = jnp.take(table, label, axis=0, mode="fill", fill_value=jnp.nan)
+        rows = jnp.where((label >= 0)[..., None], rows, jnp.nan)  # negative indices would count from the end
+        return rows.astype(self.dtype)

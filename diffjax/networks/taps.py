@@ -1,0 +1,188 @@
+"""Taps: named points of a network that can be read or rewritten from outside, without touching the network.
+
+A tap is an identity module; its name is its path in the network, such as `block_0/attention/weights`. `tapped` finds
+taps by Flax's method interception, so it works in jit, scan, remat and grad, and costs nothing where it is not used.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from flax import traverse_util
+
+COLLECTION = "taps"
+
+
+class Tap(nn.Module):
+    """The identity, with a name.   y = x
+
+    Args: x: any array.
+    Returns: `x`, or what `tapped(write=...)` puts in its place.
+
+    Example:
+        >>> Tap(name="hidden").apply({}, 3.0)
+        3.0
+    """
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Return x."""
+        return x
+
+
+class LayerIndex(nn.Module):
+    """Marks the layer that a scanned block computes, for `per_layer` writers: scanned layers share one path."""
+
+    @nn.compact
+    def __call__(self, index: Any) -> Any:
+        """Return the index."""
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class per_layer:  # noqa: N801  (reads as a function: write={name: per_layer(f)})
+    """A writer for taps inside scanned layers.   y = f(value, layer), with `layer` the traced index of the layer.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> write = {"blocks/out": per_layer(lambda h, i: jnp.where(i == 2, 0.0, h))}
+    """
+
+    f: Callable[[Any, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tapped:
+    """What `tapped` returns: a pure function that takes the arguments of `apply`; equal by value to its equals."""
+
+    apply: Any
+    read: tuple[str, ...]
+    write: tuple[tuple[str, Any], ...]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """`apply(*args, **kwargs)`, or `(that, {name: value})` if taps are read."""
+        write, seen, layers = dict(self.write), {}, {}
+
+        def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+            module = context.module
+            if context.method_name != "__call__" or not isinstance(module, (Tap, LayerIndex)):
+                return call(*args, **kwargs)
+            path = module.path
+            if isinstance(module, LayerIndex):
+                layers[path[:-1]] = args[0]
+                return call(*args, **kwargs)
+            name = "/".join(path)
+            seen[name] = None
+            value = call(*args, **kwargs)
+            if name in write:
+                value = _rewrite(write[name], name, value, _layer(layers, path))
+            if name in self.read:
+                module.sow(COLLECTION, "value", value)
+            return value
+
+        with nn.intercept_methods(interceptor):
+            if self.read:
+                out, variables = self.apply(*args, **kwargs, mutable=[COLLECTION])
+            else:
+                out, variables = self.apply(*args, **kwargs), {}
+        unknown = sorted({*self.read, *write} - set(seen))
+        if unknown:
+            raise ValueError(_unknown(unknown, list(seen)))
+        if not self.read:
+            return out
+        flat = traverse_util.flatten_dict(variables[COLLECTION])
+        values = {"/".join(path[:-1]): v[0] if len(v) == 1 else v for path, v in flat.items()}
+        return out, {name: values[name] for name in self.read}
+
+
+def tapped(
+    apply: Any,
+    read: str | Iterable[str] = (),
+    write: Mapping[str, Any] | None = None,
+) -> Tapped:
+    """`apply` with taps read or rewritten.   (out, {name: value}) = tapped(apply, read=names)(...)
+
+    A value read is the value after `write`, from the same call. Under `nn.scan` the layers share one name: a value
+    read is stacked `[layers, ...]`, and `per_layer(f)` writes by layer. A tap that is reached several times reads as
+    a tuple.
+    Args: apply: `module.apply`, a `from_linen` function, or any function that passes the keyword `mutable` on to
+    `module.apply`; not jitted: jit what `tapped` returns.   read: names.   write: `{name: f}`, `f(value) -> value` of
+    the same shape and dtype.
+    Returns: a function of the same arguments; it returns the output alone if nothing is read.
+    Raises: ValueError: `apply` is jitted; a name is not a tap of the network (when called; the taps are listed); a
+    written value has another shape or dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> f = tapped(Tap(name="a").apply, write={"": lambda v: v + 1})
+        >>> float(f({}, jnp.zeros(())))
+        1.0
+    """
+    if isinstance(apply, jax.stages.Wrapped):
+        raise ValueError(
+            "tapped(apply) needs the raw apply; got a jitted function, in which taps cannot be reached once it is "
+            "compiled. Write jax.jit(tapped(module.apply, ...)) instead"
+        )
+    if not callable(apply):
+        raise ValueError(f"apply must be a function such as module.apply; got {apply!r}")
+    read = (read,) if isinstance(read, str) else tuple(read)
+    write = dict(write or {})
+    for name, f in write.items():
+        if not callable(f) and not isinstance(f, per_layer):
+            raise ValueError(f"write[{name!r}] must be a function of the value; got {f!r}")
+    return Tapped(apply, read, tuple(write.items()))
+
+
+def tap_names(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    """The names of all taps that `apply(*args, **kwargs)` passes, in order; traces without computing anything.
+
+    Example:
+        >>> import flax.linen as nn
+        >>> tap_names(nn.Sequential([Tap(), Tap()]).apply, {}, 1.0)
+        ('layers_0', 'layers_1')
+    """
+    seen: dict[str, None] = {}
+
+    def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+        if isinstance(context.module, Tap) and context.method_name == "__call__":
+            seen["/".join(context.module.path)] = None
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(interceptor):
+        jax.eval_shape(lambda: apply(*args, **kwargs))
+    return tuple(seen)
+
+
+def _layer(layers: dict[tuple, Any], path: tuple) -> Any:
+    """The index of the innermost scanned layer that contains `path`."""
+    inside = [p for p in layers if path[: len(p)] == p]
+    return layers[max(inside, key=len)] if inside else None
+
+
+def _rewrite(f: Any, name: str, value: Any, layer: Any) -> Any:
+    if isinstance(f, per_layer):
+        if layer is None:
+            raise ValueError(f"write[{name!r}] is per_layer, but this tap is not inside scanned layers; give a plain f")
+        new = f.f(value, layer)
+    else:
+        new = f(value)
+    got, want = (jax.eval_shape(lambda v=v: v) for v in (new, value))
+    if (got.shape, got.dtype) != (want.shape, want.dtype):
+        raise ValueError(
+            f"write[{name!r}] returned {got.dtype}{list(got.shape)} for a tap of {want.dtype}{list(want.shape)}; "
+            "it must keep shape and dtype"
+        )
+    return new
+
+
+def _unknown(unknown: list[str], seen: list[str]) -> str:
+    if not seen:
+        return (
+            f"no tap was reached, so {unknown} cannot be: the network has no taps, or a jit inside apply hides them. "
+            "Give the raw module.apply"
+        )
+    return f"unknown taps {unknown}; this network has {seen}"

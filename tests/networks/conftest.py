@@ -1,0 +1,23 @@
+"""Fixtures for the tests of networks."""
+
+import jax
+import pytest
+from network_cases import NETS, case_of
+
+
+@pytest.fixture(scope="session", params=list(NETS))
+def case(request):
+    return case_of(request.param)
+
+
+@pytest.fixture(scope="session")
+def forward():
+    """`f(case)`: the compiled network (params, x, t, cond) of a case; compiled once."""
+    compiled = {}
+
+    def make(case):
+        if case.net not in compiled:
+            compiled[case.net] = jax.jit(case.fn)
+        return compiled[case.net]
+
+    return make
