@@ -355,7 +355,8 @@ class Solver:
 
 PerExample = jax.Array  # [B]
 Aux = dict[str, Any]
-Loss = Callable[[Key, Denoiser, PyTree, Cond], tuple[PerExample, Aux]]  # never reduced inside
+# (key, denoiser, x0, cond, items=None) -> ([B], aux); never reduced inside, `items` [B] are global positions
+Loss = Callable[..., tuple[PerExample, Aux]]
 
 
 class Metric(NamedTuple):

@@ -36,7 +36,7 @@ class Decay:
 
 @dataclasses.dataclass(frozen=True)
 class Power:
-    """Average whose profile is a power of time.   m_t = beta_t m_{t-1} + (1 - beta_t) p_t,  beta_t = (1 - 1/t)^{gamma + 1}
+    """Average whose profile is a power of time.   m_t = beta_t m_{t-1} + (1 - beta_t) p_t,  beta_t = (1 - 1/t)^{gamma+1}
 
     Its length grows with the run: the relative width of the profile is constant (see `power`).
     """
@@ -53,6 +53,7 @@ def decay(beta: float, *, warmup: bool = False) -> Decay:
     """Classic average with decay `beta` per update, in [0, 1).
 
     Raises: ValueError: beta outside [0, 1).
+
     Example:
         >>> decay(0.999)
         Decay(beta=0.999, warmup=False)
@@ -67,20 +68,23 @@ def power(sigma_rel: float) -> Power:
 
     Args: sigma_rel: in (0, 0.288]; typical 0.05 and 0.10.
     Raises: ValueError: sigma_rel out of range.
+
     Example:
         >>> round(power(0.10).gamma, 2)
         6.94
+
     Reference: Karras et al. 2024, arXiv:2312.02696, Eq. 123 (width of the profile) and Eq. 127 (the update).
     """
     return Power(std_to_exp(sigma_rel))
 
 
 def exp_to_std(gamma: float) -> float:
-    """Relative width of the profile `tau^gamma` on [0, 1].   sigma_rel = (gamma+1)^{1/2} (gamma+2)^{-1} (gamma+3)^{-1/2}
+    """Relative width of the profile `tau^gamma`.   sigma_rel = (gamma+1)^{1/2} (gamma+2)^{-1} (gamma+3)^{-1/2}
 
     Example:
         >>> round(exp_to_std(6.94), 4)
         0.1
+
     Reference: arXiv:2312.02696, Eq. 123.
     """
     return float(np.sqrt((gamma + 1) / (gamma + 3)) / (gamma + 2))
@@ -92,6 +96,7 @@ def std_to_exp(sigma_rel: float) -> float:
     Squared, Eq. 123 is a cubic: `gamma^3 + 7 gamma^2 + (16 - q) gamma + 12 - q = 0` with `q = sigma_rel^{-2}`.
 
     Raises: ValueError: sigma_rel outside (0, 12^{-1/2}], the widths of profiles that do not fall.
+
     Example:
         >>> round(std_to_exp(0.05), 2)
         16.97
@@ -109,12 +114,15 @@ def ema_update(t: Any, ema: dict, params: PyTree, emas: Mapping[str, Ema]) -> di
     Returns: name -> averaged parameters, in the dtypes of `ema`.
     """
 
-    def move(weight: Any, m: Any, p: Any) -> Any:
-        if not jnp.issubdtype(m.dtype, jnp.inexact):
-            return p
-        return m + weight.astype(m.dtype) * (p.astype(m.dtype) - m)
+    def moved(weight: Any, average: PyTree) -> PyTree:
+        def leaf(m: Any, p: Any) -> Any:
+            if not jnp.issubdtype(m.dtype, jnp.inexact):
+                return p
+            return m + weight.astype(m.dtype) * (p.astype(m.dtype) - m)
 
-    return {name: jax.tree.map(lambda m, p, w=emas[name](t): move(w, m, p), ema[name], params) for name in ema}
+        return jax.tree.map(leaf, average, params)
+
+    return {name: moved(emas[name](t), average) for name, average in ema.items()}
 
 
 def describe(emas: Mapping[str, Ema]) -> dict:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -45,9 +46,10 @@ def init_state(
 ) -> TrainState:
     """The state before the first step; nothing in it shares memory with `params`, so that it may be donated.
 
-    Args: params: pytree of arrays.   key: typed key or int seed.   emas: name -> average, as given to `make_train_step`.
+    Args: params: pytree of arrays.   key: typed key or int seed.   emas: name -> average, as for `make_train_step`.
         sharding: one `Sharding` for every leaf; default: the first device.
     Raises: ValueError: no parameters, or a leaf that is no array.
+
     Example:
         >>> state = init_state({"w": np.ones(3, np.float32)}, optax.sgd(0.1), 0)
         >>> int(state.step), list(state.ema), state.params["w"].shape
@@ -62,13 +64,15 @@ def init_state(
     names = tuple(emas or ())
 
     def build(params: PyTree, key: Any) -> TrainState:
-        # Explicit output shardings below: without them optax's step count lands on device 0 alone, and is restored there.
+        # Explicit output shardings below: without them optax's step count lands on device 0, and is restored there.
         zero = jnp.zeros((), jnp.int32)
+        with plain_promotion():
+            opt_state = optimizer.init(params)
         return TrainState(
             step=zero,
             params=jax.tree.map(jnp.copy, params),
-            ema={name: jax.tree.map(_wide_copy, params) for name in names},
-            opt_state=jax.tree.map(jnp.copy, optimizer.init(params)),
+            ema={name: jax.tree.map(lambda p: jnp.copy(widen(p)), params) for name in names},
+            opt_state=jax.tree.map(jnp.copy, opt_state),
             key=jnp.copy(key),
             skipped={"total": jnp.copy(zero), "consecutive": jnp.copy(zero)},
         )
@@ -77,13 +81,27 @@ def init_state(
     return jax.jit(build, out_shardings=sharding)(*jax.device_put((params, key), sharding))
 
 
+@contextlib.contextmanager
+def plain_promotion() -> Iterator[None]:
+    """JAX's default promotion, for optax, which relies on it whatever the caller has set."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield
+
+
 def place(state: TrainState, shardings: PyTree) -> TrainState:
     """A copy of `state` laid out by `shardings` (one, or a tree of them).
 
     `jax.device_put` alone would alias buffers that are already in place, and donating the result would delete the
     caller's arrays; hence the copy.
     """
-    return jax.jit(lambda s: jax.tree.map(jnp.copy, s), out_shardings=shardings)(jax.device_put(state, shardings))
+    if jax.process_count() == 1:
+        return jax.jit(lambda s: jax.tree.map(jnp.copy, s), out_shardings=shardings)(jax.device_put(state, shardings))
+    # Arrays of one process cannot be put on devices of another, but jit takes NumPy inputs as equal on every process.
+    is_key = lambda a: jnp.issubdtype(a.dtype, jax.dtypes.prng_key)
+    raw = jax.tree.map(lambda a: jax.random.key_data(a) if is_key(a) else a, state)
+    raw = jax.tree.map(lambda a: np.asarray(a) if a.is_fully_addressable else a, raw)
+    wrap = lambda r, a: jax.random.wrap_key_data(r, impl=jax.random.key_impl(a)) if is_key(a) else jnp.copy(r)
+    return jax.jit(lambda r: jax.tree.map(wrap, r, state), out_shardings=shardings)(raw)
 
 
 def abstract(state: PyTree, shardings: PyTree = None) -> PyTree:
@@ -100,8 +118,8 @@ def count_params(params: PyTree) -> int:
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(params))
 
 
-def _wide_copy(a: Any) -> Any:
-    """A copy in at least float32: a half-precision average cannot take small steps."""
+def widen(a: Any) -> Any:
+    """`a` in at least float32: half precision can neither hold small steps of an average nor a mean over many examples."""
     if jnp.issubdtype(a.dtype, jnp.floating) and jnp.finfo(a.dtype).bits < 32:
         return a.astype(jnp.float32)
-    return jnp.copy(a)
+    return a

@@ -1,0 +1,38 @@
+"""Training: a state, a pure step, the devices it runs on, and the loop around it.
+
+`state = init_state(params, optimizer, key, emas=emas)`, then
+`train_step = make_train_step(model, loss, optimizer, emas=emas)`, then
+`fit(state, train_step, batches, steps=1000, store=CheckpointStore("run/checkpoints"))`.
+"""
+
+from diffjax.training import devices, ema, optimizer
+from diffjax.training.devices import Driver, steps_per_dispatch
+from diffjax.training.ema import ema_update
+from diffjax.training.loop import Diverged, FitResult, Hook, fit
+from diffjax.training.optimizer import adamw
+from diffjax.training.state import TrainState, abstract, init_state
+from diffjax.training.step import TrainStep, condition, make_train_step
+from diffjax.training.store import CheckpointError, CheckpointStore, Restored
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointStore",
+    "Diverged",
+    "Driver",
+    "FitResult",
+    "Hook",
+    "Restored",
+    "TrainState",
+    "TrainStep",
+    "abstract",
+    "adamw",
+    "condition",
+    "devices",
+    "ema",
+    "ema_update",
+    "fit",
+    "init_state",
+    "make_train_step",
+    "optimizer",
+    "steps_per_dispatch",
+]

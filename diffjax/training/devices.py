@@ -1,0 +1,263 @@
+"""How one training step meets many devices: `mesh` (jit and shardings), `shard_map` or `pmap`, with equal numerics.
+
+A `Driver` runs up to `per_dispatch` steps per call with one compilation: a loop with a dynamic number of rounds over a
+stack of batches, so that a run gives the same numbers wherever it is cut into calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffjax import numerics as nu
+from diffjax.numerics import PyTree
+from diffjax.training.state import TrainState, count_params, place
+
+AXES = ("data", "fsdp", "model")
+DISPATCH_WORK = 2e7  # parameters x examples below which starting a program costs more than running it
+MAX_PER_DISPATCH = 16
+Step = Callable[..., tuple[TrainState, dict]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Driver:
+    """A training step on a set of devices. `step` donates its state: the one passed in may not be used again."""
+
+    name: str
+    devices: int  # parts that the global batch is cut into
+    per_dispatch: int
+    shardings: Callable[[TrainState], PyTree]  # state -> tree of shardings
+    put: Callable[[PyTree], PyTree]  # stacked host batches [K, B, ...] -> device
+    call: Callable[[TrainState, PyTree, Any], tuple[TrainState, dict]]
+    accumulate: int = 1
+
+    def place(self, state: TrainState) -> TrainState:
+        """A copy of `state` on the devices of this driver."""
+        return place(state, self.shardings(state))
+
+    def step(self, state: TrainState, batches: Sequence[Mapping[str, Any]]) -> tuple[TrainState, dict]:
+        """Run `len(batches) <= per_dispatch` steps; the state is donated.
+
+        Returns: the state and metrics [per_dispatch], of which the first `len(batches)` are real.
+        Raises: ValueError: too many batches, batches of different shapes, or a size that the devices do not divide.
+        """
+        if not 1 <= len(batches) <= self.per_dispatch:
+            raise ValueError(f"batches must hold 1 to {self.per_dispatch} batches (per_dispatch); got {len(batches)}")
+        for batch in batches:
+            check_batch(batch, self.devices, self.accumulate)
+        padded = [*batches, *[batches[-1]] * (self.per_dispatch - len(batches))]
+        return self.call(state, self.put(jax.tree.map(_stack, *map(dict, padded))), np.int32(len(batches)))
+
+    def lower(self, state: TrainState, batch: Mapping[str, Any]) -> Any:
+        """The lowered program, to inspect its collectives."""
+        stacked = self.put(jax.tree.map(_stack, *[dict(batch)] * self.per_dispatch))
+        return self.call.lower(state, stacked, np.int32(1))
+
+
+def check_batch(batch: Mapping[str, Any], devices: int, accumulate: int = 1) -> int:
+    """The batch size, if `devices` devices can share it in `accumulate` parts.
+
+    Raises: ValueError: no field `x`, leading axes that differ, or an indivisible size.
+
+    Example:
+        >>> check_batch({"x": np.ones((16, 2))}, 8)
+        16
+    """
+    if not isinstance(batch, Mapping) or "x" not in batch:
+        raise ValueError(f"a batch must be a dict with the data under 'x'; got {_outline(batch)}")
+    size = nu.batch_size(dict(batch))
+    processes = jax.process_count()
+    if size * processes % (devices * accumulate):
+        parts = f"{devices} devices" + (f" x {accumulate} accumulation parts" if accumulate > 1 else "")
+        unit = devices * accumulate
+        near = max(unit, round(size * processes / unit) * unit)
+        raise ValueError(
+            f"a batch of {size * processes} examples cannot be shared equally by {parts}; "
+            f"choose a multiple of {unit} such as {near}, or fewer devices"
+        )
+    return size
+
+
+def steps_per_dispatch(params: PyTree, batch_size: int) -> int:
+    """How many steps to run per call: 16 where starting a program dominates, 1 where the work does; a power of two.
+
+    A fixed rule rather than a measurement, so that a run does not depend on how busy the machine is.
+
+    Example:
+        >>> steps_per_dispatch({"w": np.ones(1000)}, 32), steps_per_dispatch({"w": np.ones(10**6)}, 64)
+        (16, 1)
+    """
+    work = max(count_params(params) * batch_size, 1)
+    return int(2 ** min(max(math.floor(math.log2(DISPATCH_WORK / work)), 0), int(math.log2(MAX_PER_DISPATCH))))
+
+
+def mesh(
+    train_step: Step,
+    *,
+    devices: Sequence[Any] | None = None,
+    per_dispatch: int = 1,
+    shape: tuple[int, int, int] | None = None,
+    rules: Callable[[str, Any], PartitionSpec | None] | None = None,
+) -> Driver:
+    """`jit` over a mesh of axes `(data, fsdp, model)`; the compiler places the collectives. The default driver.
+
+    With `accumulate` the compiler reduces the gradient once per part, where `shard_map` and `pmap` reduce it once.
+
+    Args:
+        train_step: from `make_train_step`.
+        devices: default all.
+        per_dispatch: most steps per call.
+        shape: sizes of the three axes, default all devices on `data`; `fsdp > 1` cuts parameters, averages and moments.
+        rules: `(path, leaf) -> PartitionSpec`, or None for the default layout of that leaf.
+
+    Raises: ValueError: a shape that does not use every device.
+    """
+    devices = list(devices or jax.devices())
+    shape = shape or (len(devices), 1, 1)
+    if len(shape) != 3 or math.prod(shape) != len(devices):
+        raise ValueError(f"shape must give {len(devices)} devices as (data, fsdp, model); got {shape}")
+    grid = Mesh(np.array(devices).reshape(shape), AXES)
+    rows = PartitionSpec(None, AXES[:2])
+
+    def shardings(state: TrainState) -> PyTree:
+        layout = lambda path, leaf: NamedSharding(grid, _spec(path, leaf, grid, rules))
+        return jax.tree_util.tree_map_with_path(layout, state)
+
+    def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
+        new, metrics = _many(train_step, per_dispatch, state, batches, n)
+        return jax.lax.with_sharding_constraint(new, shardings(state)), metrics
+
+    return Driver(
+        "mesh", shape[0] * shape[1], per_dispatch, shardings, lambda b: _global(b, NamedSharding(grid, rows)),
+        jax.jit(run, donate_argnums=0), getattr(train_step, "accumulate", 1),
+    )  # fmt: skip
+
+
+def shard_map(train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1) -> Driver:
+    """`jax.shard_map` over the batch; every device holds the whole state and the gradient is averaged by `pmean`."""
+    devices = list(devices or jax.devices())
+    grid = Mesh(np.array(devices), ("data",))
+    rows = PartitionSpec(None, "data")
+    # check_vma=False: with it on, gradients of replicated parameters arrive already summed, and pmean would not undo it.
+    body = jax.shard_map(
+        lambda state, batches, n: _many(train_step, per_dispatch, state, batches, n, axis="data"),
+        mesh=grid, in_specs=(PartitionSpec(), rows, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False,
+    )  # fmt: skip
+    return Driver(
+        "shard_map", len(devices), per_dispatch, lambda state: _replicated(state, grid),
+        lambda b: _global(b, NamedSharding(grid, rows)), jax.jit(body, donate_argnums=0),
+        getattr(train_step, "accumulate", 1),
+    )  # fmt: skip
+
+
+def pmap(train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1) -> Driver:
+    """`jax.pmap`, the classic per-device idiom: batches are `[K, devices, B / devices, ...]`, every device has the state."""
+    devices = list(devices or jax.devices())
+    grid = Mesh(np.array(devices), ("data",))
+    local = sum(d.process_index == jax.process_index() for d in devices)
+    call = jax.pmap(
+        lambda state, batches, n: _many(train_step, per_dispatch, state, batches, n, axis="data"),
+        axis_name="data", in_axes=(None, 1, None), out_axes=None, donate_argnums=0, devices=devices,
+    )  # fmt: skip
+
+    def call_everywhere(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
+        # Across processes pmap returns arrays of this process alone; the state stays one array of all of them.
+        state, metrics = call(state, batches, n)
+        return jax.tree.map(lambda a: _as_global(a, NamedSharding(grid, PartitionSpec())), state), metrics
+
+    def put(batches: PyTree) -> PyTree:
+        return jax.tree.map(lambda a: a.reshape(a.shape[0], local, a.shape[1] // local, *a.shape[2:]), batches)
+
+    return Driver(
+        "pmap", len(devices), per_dispatch, lambda state: _replicated(state, grid), put,
+        call if jax.process_count() == 1 else call_everywhere,
+        getattr(train_step, "accumulate", 1),
+    )  # fmt: skip
+
+
+PARALLEL = {"mesh": mesh, "shard_map": shard_map, "pmap": pmap}
+
+
+def driver(parallel: str | Callable[..., Driver], train_step: Step, **options: Any) -> Driver:
+    """The driver of that name, or made by that function (such as `functools.partial(mesh, shape=(2, 4, 1))`).
+
+    Raises: ValueError: unknown name.
+    """
+    if isinstance(parallel, str):
+        if parallel not in PARALLEL:
+            raise ValueError(f"parallel must be one of {', '.join(PARALLEL)}; got {parallel!r}")
+        parallel = PARALLEL[parallel]
+    return parallel(train_step, **options)
+
+
+def _many(step: Step, k: int, state: TrainState, batches: PyTree, n: Any, axis: str | None = None) -> tuple:
+    """`n <= k` steps over stacked batches; metrics [k]. `axis` names the devices where each sees its own rows only."""
+    options = {}
+    if axis is not None:
+        size = jax.tree.leaves(batches)[0].shape[1]
+        options["items"] = jax.lax.axis_index(axis) * size + jnp.arange(size, dtype=jnp.int32)
+        options["reduce"] = lambda tree: jax.lax.pmean(tree, axis)
+    if k == 1:
+        state, metrics = step(state, jax.tree.map(lambda a: a[0], batches), **options)
+        return state, jax.tree.map(lambda m: m[None], metrics)
+
+    # Traced once, by jit's cache: for the shapes of the metrics and for the body.
+    one = jax.jit(lambda state, batch: step(state, batch, **options))
+    _, shapes = jax.eval_shape(one, state, jax.tree.map(lambda a: a[0], batches))
+
+    def body(i: Any, carry: tuple) -> tuple:
+        state, kept = carry
+        state, metrics = one(state, jax.tree.map(lambda a: jax.lax.dynamic_index_in_dim(a, i, keepdims=False), batches))
+        return state, jax.tree.map(lambda buffer, m: buffer.at[i].set(m), kept, metrics)
+
+    return jax.lax.fori_loop(0, n, body, (state, jax.tree.map(lambda s: jnp.zeros((k, *s.shape), s.dtype), shapes)))
+
+
+def _spec(path: Any, leaf: Any, grid: Mesh, rules: Any) -> PartitionSpec:
+    """The layout of one leaf: by rule, else the longest axis that `fsdp` divides, else replicated."""
+    chosen = rules(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) if rules is not None else None
+    if chosen is not None:
+        return chosen
+    parts = grid.shape["fsdp"]
+    axes = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
+    if parts == 1 or not axes:
+        return PartitionSpec()
+    longest = max(axes, key=lambda i: leaf.shape[i])
+    return PartitionSpec(*[None] * longest, "fsdp")
+
+
+def _replicated(state: TrainState, grid: Mesh) -> PyTree:
+    """Every leaf whole on every device."""
+    return jax.tree.map(lambda _: NamedSharding(grid, PartitionSpec()), state)
+
+
+def _as_global(a: Any, sharding: NamedSharding) -> Any:
+    """The replicated array whose copies on this process's devices are those of `a`."""
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_as_global(jax.random.key_data(a), sharding), impl=jax.random.key_impl(a))
+    return jax.make_array_from_single_device_arrays(a.shape, sharding, [s.data for s in a.addressable_shards])
+
+
+def _global(batches: PyTree, sharding: NamedSharding) -> PyTree:
+    """This process's rows as part of the global batch."""
+    if jax.process_count() == 1:
+        return jax.device_put(batches, sharding)
+    return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding, np.asarray(a)), batches)
+
+
+def _stack(*leaves: Any) -> Any:
+    """Batches side by side, on the device if they are there already."""
+    if len(leaves) == 1:
+        return leaves[0][None]
+    return jnp.stack(leaves) if isinstance(leaves[0], jax.Array) else np.stack(leaves)
+
+
+def _outline(batch: Any) -> str:
+    return f"the fields {sorted(batch)}" if isinstance(batch, Mapping) else f"a {type(batch).__name__}"

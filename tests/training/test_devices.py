@@ -1,0 +1,185 @@
+import functools
+import io
+import json
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import optax
+import pytest
+import toy
+from jax.sharding import PartitionSpec as P
+
+from diffjax.training import devices, fit, init_state, make_train_step
+
+
+def run(parallel, optimizer, n, dtype, steps=20, per_dispatch=4, **options):
+    """Final state and the losses of `steps` steps on `n` devices."""
+    state, train_step = toy.make(optimizer, dtype, **options)
+    driver = devices.driver(parallel, train_step, devices=jax.devices()[:n], per_dispatch=per_dispatch)
+    state = driver.place(state)
+    losses = []
+    for start in range(0, steps, per_dispatch):
+        chunk = [toy.batch(i, dtype=dtype) for i in range(start, min(start + per_dispatch, steps))]
+        state, metrics = driver.step(state, chunk)
+        losses.append(np.asarray(metrics["loss"])[: len(chunk)])
+    return jax.device_get(jax.tree.map(lambda a: a, (state.params, state.ema, state.opt_state))), np.concatenate(losses)
+
+
+@pytest.mark.parametrize("optimizer", [optax.sgd(0.1), optax.adam(1e-2)], ids=["sgd", "adam"])
+def test_float64_is_the_same_on_one_device_and_on_eight(optimizer, x64):
+    reference = run("mesh", optimizer, 1, np.float64, steps=22)
+    for parallel in devices.PARALLEL:
+        got = run(parallel, optimizer, 8, np.float64, steps=22)
+        toy.assert_close(got, reference, rtol=1e-9, atol=1e-9)
+
+
+def test_float32_is_close_on_eight_devices_and_training_helps():
+    reference, losses = run("mesh", optax.sgd(0.1), 1, np.float32, steps=40)
+    assert losses[-5:].mean() < 0.5 * losses[:5].mean()
+    for parallel in devices.PARALLEL:
+        got = run(parallel, optax.sgd(0.1), 8, np.float32, steps=40)
+        toy.assert_close(got, (reference, losses), rtol=1e-4, atol=1e-5)
+
+
+def test_fsdp_cuts_the_state_and_keeps_the_numbers():
+    reference = run("mesh", optax.adam(1e-2), 1, np.float32, steps=8)
+    sharded = functools.partial(devices.mesh, shape=(2, 4, 1))
+    toy.assert_close(run(sharded, optax.adam(1e-2), 8, np.float32, steps=8), reference, rtol=1e-4, atol=1e-5)
+    state, train_step = toy.make()
+    driver = sharded(train_step, devices=jax.devices())
+    placed = driver.place(state)
+    assert placed.params["embed"].sharding.spec == P("fsdp")
+    assert placed.opt_state[0].mu["embed"].addressable_shards[0].data.shape == (1, toy.D)
+    after, _ = driver.step(placed, [toy.batch(0)])
+    assert after.ema["wide"]["embed"].sharding.spec == P("fsdp")
+
+
+def test_rules_choose_the_layout_of_a_leaf():
+    state, train_step = toy.make()
+    rules = lambda path, leaf: P("model") if path.endswith("embed") else None
+    driver = devices.mesh(train_step, devices=jax.devices(), shape=(4, 1, 2), rules=rules)
+    assert driver.place(state).params["embed"].sharding.spec == P("model")
+    after, _ = driver.step(driver.place(state), [toy.batch(0)])
+    assert after.params["embed"].sharding.spec == P("model")
+
+
+@pytest.mark.parametrize("parallel", devices.PARALLEL)
+def test_a_run_does_not_depend_on_how_it_is_cut_into_calls(parallel):
+    state, train_step = toy.make()
+    driver = devices.driver(parallel, train_step, per_dispatch=4)
+    whole, _ = driver.step(driver.place(state), [toy.batch(i) for i in range(4)])
+    parts = driver.place(state)
+    for cut in ([0], [1, 2], [3]):
+        parts, _ = driver.step(parts, [toy.batch(i) for i in cut])
+    toy.assert_equal(parts, whole)
+
+
+def test_one_trace_and_one_compilation_for_any_number_of_steps():
+    traces = []
+
+    def counted(*args, **kwargs):
+        traces.append(1)
+        return toy.loss(*args, **kwargs)
+
+    optimizer = optax.sgd(0.1)
+    train_step = make_train_step(toy.model, counted, optimizer)
+    driver = devices.mesh(train_step, devices=jax.devices()[:1], per_dispatch=4)
+    state = driver.place(toy.make(optimizer, emas={})[0])
+    for n in (4, 1, 3):
+        state, _ = driver.step(state, [toy.batch(i) for i in range(n)])
+    assert len(traces) == 1 and driver.call._cache_size() == 1
+
+
+def test_the_callers_arrays_survive_donation():
+    params = jax.tree.map(jax.numpy.asarray, toy.params())
+
+    optimizer = optax.sgd(0.1)
+    state = init_state(params, optimizer, 0)
+    _, train_step = toy.make(optimizer, emas={})
+    for n in (1, 8):
+        driver = devices.mesh(train_step, devices=jax.devices()[:n])
+        placed = driver.place(state)
+        driver.step(placed, [toy.batch(0)])
+        assert placed.params["w"].is_deleted()
+        assert np.isfinite(np.asarray(state.params["w"])).all() and np.isfinite(np.asarray(params["w"])).all()
+
+
+@pytest.mark.parametrize("parallel", devices.PARALLEL)
+def test_an_indivisible_batch_names_both_numbers(parallel):
+    state, train_step = toy.make()
+    driver = devices.driver(parallel, train_step)
+    with pytest.raises(ValueError, match=r"batch of 10 examples .* 8 devices; choose a multiple of 8 such as 8"):
+        driver.step(driver.place(state), [toy.batch(0, size=10)])
+
+
+def test_bad_input():
+    state, train_step = toy.make(accumulate=2)
+    with pytest.raises(ValueError, match="mesh, shard_map, pmap; got 'gpu'"):
+        devices.driver("gpu", train_step)
+    with pytest.raises(ValueError, match=r"8 devices as \(data, fsdp, model\); got \(3, 1, 1\)"):
+        devices.mesh(train_step, shape=(3, 1, 1))
+    driver = devices.mesh(train_step)
+    with pytest.raises(ValueError, match="batch of 8 examples .* 8 devices x 2 accumulation parts"):
+        driver.step(driver.place(state), [toy.batch(0, size=8)])
+    with pytest.raises(ValueError, match="'x'; got the fields"):
+        driver.step(driver.place(state), [{"image": np.ones((16, 2))}])
+    with pytest.raises(ValueError, match="1 to 1 batches"):
+        driver.step(driver.place(state), [toy.batch(0)] * 2)
+
+
+def test_more_steps_per_dispatch_only_for_small_models():
+    tree = lambda n: {"w": np.ones(n)}
+    assert [devices.steps_per_dispatch(tree(n), 64) for n in (10, 10**4, 10**5, 10**6)] == [16, 16, 2, 1]
+
+
+COLLECTIVES = pathlib.Path(__file__).parent / "collectives.py"
+
+
+def test_one_all_reduce_of_the_gradients_bytes_per_step():
+    """With the compiler's default flags, in a process of its own."""
+    out = subprocess.run(
+        [sys.executable, str(COLLECTIVES)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=toy.clean_environment(fast=False),
+    )
+    assert out.returncode == 0, out.stderr
+    report = json.loads(out.stdout.splitlines()[-1])
+    assert set(report) == {"mesh-1", *(f"{name}-4" for name in devices.PARALLEL)}
+    for name, found in report.items():
+        assert found["count"] == 1, (name, found)
+        assert found["gradient"] <= found["bytes"] <= found["gradient"] + 2 * 4, (name, found)
+
+
+TWO = pathlib.Path(__file__).parent / "two_processes.py"
+
+
+@pytest.mark.slow
+def test_two_processes_train_save_and_resume_like_one(tmp_path):
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    commands = [[sys.executable, str(TWO), str(i), "2", str(port), str(tmp_path)] for i in range(2)]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    children = [subprocess.Popen(c, env=toy.clean_environment(2), **pipes) for c in commands]
+    reports = []
+    for child in children:
+        try:
+            out, err = child.communicate(timeout=240)
+        finally:
+            child.kill()
+        assert child.returncode == 0, err
+        reports.append(json.loads(out.split("REPORT ")[1].splitlines()[0]))
+    assert reports[0] == reports[1] and set(reports[0]) == {"mesh", "pmap"}
+    state, train_step = toy.make()
+    one = fit(
+        state, train_step, toy.Batches(), steps=5, devices=jax.devices()[:4], stream=io.StringIO(), per_dispatch=2
+    )
+    for weights, *rest in reports[0].values():
+        assert rest == [5, 80, [3, 5]]
+        np.testing.assert_allclose(weights, np.abs(one.state.params["w"]).sum(), rtol=1e-5)

@@ -1,0 +1,47 @@
+"""One of `n` processes of a run that saves, restores and goes on under two drivers. Run by test_devices.
+
+Arguments: process, number of processes, port, folder. Prints the sum of the weights, where the run got to, and the saves.
+"""
+
+import contextlib
+import io
+import json
+import sys
+
+import jax
+import numpy as np
+import toy
+
+from diffjax.training import CheckpointStore, fit
+
+
+class Part(toy.Batches):
+    """The rows of each batch that belong to process `i` of `n`."""
+
+    def __init__(self, i, n):
+        super().__init__()
+        self.rows = slice(i * self.size // n, (i + 1) * self.size // n)
+
+    def __next__(self):
+        return {name: field[self.rows] for name, field in super().__next__().items()}
+
+
+def main(i, n, port, folder):
+    if n > 1:
+        jax.distributed.initialize(
+            f"127.0.0.1:{port}", num_processes=n, process_id=i, initialization_timeout=60, heartbeat_timeout_seconds=10
+        )
+    report = {}
+    for name in ("mesh", "pmap"):
+        state, train_step = toy.make()
+        options = {"parallel": name, "stream": io.StringIO(), "per_dispatch": 2}
+        with contextlib.closing(CheckpointStore(f"{folder}/{name}")) as store:
+            fit(state, train_step, Part(i, n), steps=3, store=store, **options)
+            result = fit(state, train_step, Part(i, n), steps=5, store=store, resume=True, **options)
+            weights = np.asarray(result.state.params["w"].addressable_shards[0].data)
+            report[name] = [float(np.abs(weights).sum()), result.step, result.examples, store.steps()]
+    print("REPORT", json.dumps(report), flush=True)
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], sys.argv[4])
