@@ -1,0 +1,168 @@
+"""diffjax: train, sample and score diffusion models; `python -m diffjax` is the same."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import tyro
+
+COMMANDS = {
+    "train": "train a model: `diffjax train digits`; continue one: `diffjax train --resume RUN`",
+    "sample": "draw samples of a run: a PNG grid and an .npz",
+    "eval": "score a run's samples beside real data",
+    "list": "show the methods: `diffjax list solvers`",
+    "cite": "print BibTeX of methods",
+    "data": "prepare a data set: `diffjax data prepare NAME`",
+}
+EXITS = """exit codes: 0 done, 1 failed while running (diverged, disk full), 2 wrong input, 130 Ctrl-C, 143 SIGTERM;
+DIFFJAX_TRACEBACK=1 shows where an error was raised"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepare:
+    """Download and prepare a data set of tensorflow-datasets, once."""
+
+    name: Annotated[str, tyro.conf.Positional]
+    """name of the set, for example mnist"""
+    directory: str | None = None
+    """default ~/tensorflow_datasets"""
+    timeout: float = 3600.0
+    """seconds after which to give up"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 1 failed, 2 wrong input, 130 or 143 stopped by a signal."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    try:
+        return _dispatch(argv)
+    except SystemExit as stop:  # of the parser: 0 after --help, 2 after an option that it cannot read
+        return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: what is still buffered goes nowhere
+        return 141
+    except Exception as error:
+        found = _explained(error)
+        if found is None or os.environ.get("DIFFJAX_TRACEBACK"):
+            raise
+        code, text = found
+        print(f"diffjax: error: {text}", file=sys.stderr)
+        return code
+
+
+def _explained(error: Exception) -> tuple[int, str] | None:
+    """Exit code and message of errors that are not our mistake: wrong input, full disks, training that diverged."""
+    from diffjax.cli.run import Failed
+    from diffjax.training import Diverged
+
+    if "RESOURCE_EXHAUSTED" in str(error):
+        return 1, "the device is out of memory; use a smaller --training.batch-size, --training.accumulate, or --chunk"
+    if isinstance(error, (Diverged, Failed)):
+        return 1, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+        return 1, f"{error}. Make room there, and go on with --resume"
+    if isinstance(error, ImportError):
+        return 2, f"{error}. Install the missing package"
+    return (2, str(error)) if isinstance(error, (ValueError, OSError)) else None
+
+
+def _dispatch(argv: list[str]) -> int:
+    command = argv[0] if argv else "--help"
+    if command in ("-h", "--help"):
+        print(f"usage: diffjax {{{','.join(COMMANDS)}}} ...\n\n{__doc__}\n")
+        print("\n".join(f"  {name:8s}{what}" for name, what in COMMANDS.items()))
+        print(f"\n`diffjax COMMAND --help` shows the options of a command.\n{EXITS}")
+        return 0
+    if command == "--version":
+        import diffjax
+
+        print(diffjax.__version__)
+        return 0
+    if command not in COMMANDS:
+        import difflib
+
+        close = difflib.get_close_matches(command, COMMANDS, 1)
+        hint = f" Did you mean {close[0]}?" if close else ""
+        raise ValueError(f"there is no command {command!r}.{hint} Commands are {', '.join(COMMANDS)}")
+    return {"train": _train, "sample": _sample, "eval": _eval, "list": _list, "cite": _cite, "data": _data}[command](
+        argv[1:]
+    )
+
+
+def _parse(kind: Any, command: str, argv: list[str], **options: Any) -> Any:
+    description = f"{kind.__doc__}\n\n{EXITS}"
+    return tyro.cli(kind, prog=f"diffjax {command}", description=description, args=argv, **options)
+
+
+def _train(argv: list[str]) -> int:
+    from diffjax.cli import config, train
+    from diffjax.cli import run as runs
+
+    for flag in ("--resume", "--config"):  # what the run is comes from there; the same options may be repeated
+        if (place := _value(argv, flag)) is not None:
+            read = runs.read_config if flag == "--config" else lambda folder: runs.read(folder)[0]
+            default = dataclasses.replace(read(pathlib.Path(place)), **{flag[2:]: place})
+            return train.main(config.settle(_parse(config.Train, "train", argv, default=default), default))
+    default = config.preset(argv[0] if argv and not argv[0].startswith("-") else "digits")
+    given = _parse(config.Train, "train", argv, default=default)
+    if given.data != default.data:  # the data set was not the first word: read again over its own defaults
+        default = config.preset(given.data)
+        given = _parse(config.Train, "train", argv, default=default)
+    return train.main(config.settle(given, default))
+
+
+def _value(argv: list[str], flag: str) -> str | None:
+    for i, word in enumerate(argv):
+        if word == flag and i + 1 < len(argv):
+            return argv[i + 1]
+        if word.startswith(f"{flag}="):
+            return word.split("=", 1)[1]
+    return None
+
+
+def _sample(argv: list[str]) -> int:
+    from diffjax.cli import sample
+
+    return sample.main(_parse(sample.Sample, "sample", argv))
+
+
+def _eval(argv: list[str]) -> int:
+    from diffjax.cli import evaluate
+
+    return evaluate.main(_parse(evaluate.Eval, "eval", argv))
+
+
+def _list(argv: list[str]) -> int:
+    from diffjax.cli import listing
+
+    return listing.main(_parse(listing.List, "list", argv))
+
+
+def _cite(argv: list[str]) -> int:
+    from diffjax.cli import listing
+
+    return listing.cite(_parse(listing.Cite, "cite", argv))
+
+
+def _data(argv: list[str]) -> int:
+    from diffjax import data
+
+    if not argv or argv[0] != "prepare":
+        if argv and argv[0] in ("-h", "--help"):
+            print("usage: diffjax data prepare NAME [--directory DIR] [--timeout SECONDS]")
+            print("\nPrepares a data set of tensorflow-datasets, once (extra `tf`); the others need no preparation.")
+            return 0
+        raise ValueError(f"the data command is `diffjax data prepare NAME`; got {' '.join(argv) or 'nothing'}")
+    args = _parse(Prepare, "data prepare", argv[1:])
+    where = data.prepare(args.name, args.directory, timeout=args.timeout)
+    print(f"{args.name} is ready" + (f" in {where}" if where else ": it needs no preparation"))
+    return 0

@@ -1,0 +1,225 @@
+"""From a configuration and a data set to processes, networks, denoisers, losses and solvers."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax import data as data_
+from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
+from diffjax.cli.config import Model, Objective, Path, Sampler, Train, Training
+from diffjax.training import ema, optimizer
+from diffjax.types import Denoiser, Process, Solver
+
+AFFINE = 5  # numbers that describe the affine augmentation
+FREQUENCIES = (0.5, 32.0)  # radians per unit of log(sigma) / 4, which runs over about [-1.5, 1.5]
+
+
+def entry(catalogue: Mapping[str, Any], name: str, kind: str) -> Any:
+    """A catalogue entry by name, or a ValueError with close names."""
+    if name not in catalogue:
+        close = difflib.get_close_matches(name, catalogue, 3, 0.4)
+        hint = f" Did you mean {' or '.join(close)}?" if close else ""
+        raise ValueError(f"unknown {kind} {name!r}.{hint} There are {', '.join(catalogue)}")
+    return catalogue[name]
+
+
+def process(config: Path) -> Process:
+    """The process of a run.   Raises: ValueError: unknown name, or an option that the process does not take."""
+    make = entry(processes.CATALOGUE, config.name, "process").build
+    options = {k: v for k, v in dataclasses.asdict(config).items() if k not in ("name", "shift") and v is not None}
+    takes = inspect.signature(make).parameters
+    extra = sorted(set(options) - set(takes))
+    if extra:
+        raise ValueError(f"process {config.name!r} takes no {', '.join(extra)}; it takes {list(takes) or 'nothing'}")
+    made = make(**options)
+    return made if config.shift is None else processes.shifted(made, config.shift)
+
+
+def vector_size(training: Training) -> int:
+    """Numbers of the condition that tells the network of its augmentation."""
+    return AFFINE if training.augment == "affine" else 0
+
+
+def network(config: Model, shape: tuple[int, ...], num_classes: int | None, vector: int = 0) -> Any:
+    """The network of a run, for items of a shape.
+
+    Raises: ValueError: a network for pictures and items that are none, or the other way round.
+    """
+    pictures = len(shape) == 3
+    if pictures == (config.network == "mlp"):
+        fitting = "unet or dit" if pictures else "mlp"
+        raise ValueError(
+            f"network {config.network!r} does not fit items of shape {shape}; use --model.network {fitting}"
+        )
+    common = {"num_classes": num_classes or 0, "vector_size": vector, "dropout": config.dropout, "remat": config.remat}
+    common |= {"dtype": jnp.dtype(config.dtype), "frequencies": FREQUENCIES}
+    if config.network == "unet":
+        widths = tuple(config.width * m for m in config.multipliers)
+        return networks.UNet(widths=widths, blocks=config.blocks, attention=config.attention, **common)
+    if config.network == "dit":
+        return networks.DiT(
+            width=config.width, depth=config.depth, heads=config.heads, patch=config.patch,
+            scan_layers=config.scan_layers, **common,
+        )  # fmt: skip
+    return networks.MLP(width=config.width, depth=config.depth, scan_layers=config.scan_layers, **common)
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelsAlone:
+    """A network that also takes an augmentation vector, called with labels alone: the vector is zero, "none"."""
+
+    fn: Callable[..., Any]
+    vector: int
+
+    def __call__(self, params: Any, x: Any, t: Any, cond: Any, key: Any = None) -> Any:
+        """The network's output."""
+        if self.vector and not isinstance(cond, dict):
+            zeros = jnp.zeros((x.shape[0], self.vector), x.dtype)
+            cond = {"vector": zeros} if cond is None else {"label": cond, "vector": zeros}
+        return self.fn(params, x, t, cond, key)
+
+
+READERS = {
+    "edm": prediction.EdmReader(1.0),  # data are standardised
+    "v": prediction.from_v,
+    "x0": prediction.from_x0,
+    "eps": prediction.from_eps,
+    "velocity": prediction.from_velocity,
+    "score": prediction.from_score,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOf:
+    """`params -> Denoiser`, equal and hashed by value: what a training step and a loaded run call."""
+
+    module: Any
+    path: Path
+    prediction: str
+    num_classes: int | None
+    vector: int  # length of the augmentation vector
+    dropout: bool
+    fields: bool  # conditions are dicts, as in batches with an augmentation vector; else labels alone
+
+    def __call__(self, params: Any) -> Denoiser:
+        """The denoiser with these parameters."""
+        null = {"label": self.num_classes} if self.fields and self.num_classes else self.num_classes or None
+        return prediction.denoiser(
+            LabelsAlone(networks.from_linen(self.module), self.vector), process(self.path), READERS[self.prediction],
+            params, null=null, time=prediction.time_log_sigma, input_scale=prediction.edm_scale(1.0),
+            dropout=self.dropout,
+        )  # fmt: skip
+
+
+def model(config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool) -> ModelOf:
+    """How parameters become the denoiser of a run; while training, conditions are those of its batches."""
+    vector = vector_size(config.training)
+    module = network(config.model, shape, num_classes, vector)
+    return ModelOf(
+        module, config.process, config.objective.prediction, num_classes, vector,
+        dropout=training and config.model.dropout > 0, fields=training and vector > 0,
+    )  # fmt: skip
+
+
+def loss(config: Objective, num_classes: int | None) -> Any:
+    """The training loss.   Raises: ValueError: unknown law or weighting, or one that takes no such option."""
+    law_card = entry(times.LAWS, config.law, "law")
+    names = {"law_mean": "mean", "law_std": "std"}
+    given = {names[k]: getattr(config, k) for k in names if getattr(config, k) is not None}
+    extra = sorted(set(given) - set(inspect.signature(law_card.build).parameters))
+    if extra:
+        raise ValueError(f"law {config.law!r} takes no {', '.join(extra)}; leave out objective.law_{extra[0]}")
+    weight_card = entry(times.WEIGHTS, config.weighting, "weighting")
+    weight = weight_card.build(1.0) if config.weighting == "edm" else weight_card.build()
+    coupling = {
+        "independent": losses.independent, "assignment": losses.minibatch_assignment, "nearest": losses.k_nearest_noise,
+    }[config.coupling]  # fmt: skip
+    return losses.denoising_loss(
+        times=law_card.build(**given),
+        space=prediction.to_x0,
+        weight=weight,
+        label_drop=config.label_drop if num_classes else 0.0,
+        coupling=coupling if config.coupling == "independent" else coupling(),
+    )
+
+
+def optimiser(config: Training) -> tuple[Any, Any]:
+    """`(optax transformation, schedule)`."""
+    peak, steps, warmup = config.learning_rate, config.steps, min(config.warmup, config.steps // 10)
+    schedule = {
+        "constant": lambda: optimizer.constant(peak, warmup=warmup),
+        "cosine": lambda: optimizer.cosine(peak, steps, warmup=warmup),
+        "linear": lambda: optimizer.linear_tail(peak, steps, warmup=warmup, tail=0.5),
+        "inverse_sqrt": lambda: optimizer.inverse_sqrt(peak, reference=max(steps // 4, 1), warmup=warmup),
+    }[config.decay]()
+    made = optimizer.adamw(
+        schedule, b2=config.b2, weight_decay=config.weight_decay, clip=config.clip, decay_mask=optimizer.matrices
+    )
+    return made, schedule
+
+
+def averages(config: Training) -> dict[str, Any]:
+    """The averages of parameters by name, the one for sampling first."""
+    return {f"ema_{beta}": ema.decay(beta, warmup=True) for beta in config.ema}
+
+
+@dataclasses.dataclass(frozen=True)
+class Augment:
+    """The augmentation of a run as `(key, batch, items) -> batch`."""
+
+    kind: str
+
+    def __call__(self, key: Any, batch: Any, items: Any) -> Any:
+        """The batch with `x` changed, and `vector` added if the network is told."""
+        keys = numerics.item_keys(key, items)
+        if self.kind == "flip":
+            return {**batch, "x": data_.augment.flip(keys, batch["x"])}
+        x, vector = data_.augment.affine(keys, batch["x"])
+        return {**batch, "x": x, "vector": vector}
+
+
+def solver(config: Sampler, path: Process) -> Solver:
+    """The solver of a run on its grid.   Raises: ValueError: unknown names, or a grid that does not fit."""
+    make = entry(solvers.CATALOGUE, config.solver, "solver").build
+    spaced = entry(times.GRIDS, config.grid, "grid").build
+    return make(path, spaced(path, config.steps))
+
+
+def guided(denoiser: Denoiser, weight: float, interval: tuple[float, float] | None = None) -> Denoiser:
+    """Classifier-free guidance around a denoiser; weight 1 leaves it as it is.
+
+    Args: interval: noise levels sigma / alpha between which it acts.   Raises: ValueError: bounds not in order.
+    """
+    if weight == 1.0:
+        return denoiser
+    guide = guidance.cfg(weight)
+    if interval is not None:
+        guide = guidance.interval(guide, *interval, unit=guidance.in_sigma)
+    return guide(denoiser)
+
+
+def shape_of(dataset: Any) -> tuple[int, ...]:
+    """The shape of an item; networks need vectors or pictures.   Raises: ValueError: anything else."""
+    shape = tuple(dataset.shape)
+    if len(shape) not in (1, 3):
+        raise ValueError(
+            f"items of data set {dataset.name!r} have shape {shape}; vectors [d] or pictures [H, W, C] are needed"
+        )
+    return shape
+
+
+def zeros(shape: tuple[int, ...], num_classes: int | None, vector: int) -> tuple[Any, Any, Any]:
+    """Inputs of one item, to initialise a network with."""
+    cond = {}
+    if num_classes:
+        cond["label"] = np.zeros(1, np.int32)
+    if vector:
+        cond["vector"] = np.zeros((1, vector), np.float32)
+    return np.zeros((1, *shape), np.float32), np.zeros(1, np.float32), cond or None

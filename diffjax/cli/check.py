@@ -1,0 +1,107 @@
+"""Options that make no sense are refused before anything is loaded, written or compiled."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from diffjax.cli.config import Train
+
+Rule = tuple[Callable[[Any], bool], str]
+
+COUNT: Rule = (lambda v: v >= 1, "at least 1")
+POSITIVE: Rule = (lambda v: v > 0 and math.isfinite(v), "positive and finite")
+NOT_NEGATIVE: Rule = (lambda v: v >= 0 and math.isfinite(v), "at least 0 and finite")
+FINITE: Rule = (math.isfinite, "finite")
+SHARE: Rule = (lambda v: 0 <= v < 1, "in [0, 1)")
+SEED: Rule = (lambda v: 0 <= v < 2**32, "in 0..4294967295")
+
+RULES: dict[str, Rule] = {
+    "seed": SEED,
+    "image_size": COUNT,
+    "model.width": COUNT,
+    "model.multipliers": (lambda v: len(v) > 0 and min(v) >= 1, "one or more numbers of at least 1"),
+    "model.blocks": COUNT,
+    "model.depth": COUNT,
+    "model.heads": COUNT,
+    "model.patch": COUNT,
+    "model.dropout": SHARE,
+    "process.sigma_min": POSITIVE,
+    "process.sigma_max": POSITIVE,
+    "process.beta_min": NOT_NEGATIVE,
+    "process.beta_max": POSITIVE,
+    "process.shift": POSITIVE,
+    "objective.law_mean": FINITE,
+    "objective.law_std": POSITIVE,
+    "objective.label_drop": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "training.steps": COUNT,
+    "training.batch_size": COUNT,
+    "training.learning_rate": POSITIVE,
+    "training.warmup": NOT_NEGATIVE,
+    "training.b2": SHARE,
+    "training.weight_decay": NOT_NEGATIVE,
+    "training.clip": POSITIVE,
+    "training.ema": (lambda v: all(0 <= b < 1 for b in v) and len(set(v)) == len(v), "different numbers in [0, 1)"),
+    "training.accumulate": COUNT,
+    "training.per_dispatch": COUNT,
+    "training.save_every": COUNT,
+    "training.sample_every": COUNT,
+    "training.log_every": COUNT,
+    "training.max_skipped": COUNT,
+    "sampler.steps": COUNT,
+    "sampler.guidance": FINITE,
+    "sampler.seeds": COUNT,
+}
+
+
+def option(name: str) -> str:
+    """The option of a dotted field: 'training.batch_size' -> '--training.batch-size'."""
+    return "--" + name.replace("_", "-")
+
+
+def number(name: str, value: Any, rule: Rule) -> None:
+    """Refuse a value that breaks a rule; None means "not given".   Raises: ValueError: naming the option."""
+    good, accepted = rule
+    if value is not None and not good(value):
+        raise ValueError(f"{option(name)} must be {accepted}; got {value}")
+
+
+def numbers(settings: Train) -> None:
+    """Refuse numbers out of range, and a batch that the devices do not divide.   Raises: ValueError."""
+    for name, rule in RULES.items():
+        value = settings
+        for part in name.split("."):
+            value = getattr(value, part)
+        number(name, value, rule)
+    path, t = settings.process, settings.training
+    for low, high in (("sigma_min", "sigma_max"), ("beta_min", "beta_max")):
+        a, b = getattr(path, low), getattr(path, high)
+        if a is not None and b is not None and a >= b:
+            raise ValueError(f"{option('process.' + low)} must be below {option('process.' + high)}; got {a} and {b}")
+    devices = jax.device_count()
+    if t.batch_size % devices:
+        near = max(1, round(t.batch_size / devices)) * devices
+        raise ValueError(
+            f"--training.batch-size {t.batch_size} is not divisible by the {devices} devices; use for example {near}"
+        )
+    if t.batch_size % (devices * t.accumulate):
+        raise ValueError(
+            f"--training.batch-size {t.batch_size} does not divide into {devices} devices x --training.accumulate "
+            f"{t.accumulate}; use a multiple of {devices * t.accumulate}"
+        )
+
+
+def guidance(name: str, weight: float, num_classes: int | None, label_drop: float) -> None:
+    """Refuse guidance of a model that has no labels, or that never saw the null label.   Raises: ValueError."""
+    if weight == 1.0:
+        return
+    if not num_classes:
+        raise ValueError(f"{option(name)} {weight:g} needs a model with labels; this data set has none. Leave it at 1")
+    if label_drop == 0:
+        raise ValueError(
+            f"{option(name)} {weight:g} needs a model that was also trained without labels, but its "
+            "--objective.label-drop is 0. Train with 0.1, or leave guidance at 1"
+        )

@@ -1,0 +1,296 @@
+"""What a run is: typed dataclasses that the command line reads and that a run folder keeps as readable JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from typing import Annotated, Any, Literal
+
+import tyro
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """The network."""
+
+    network: Literal["unet", "dit", "mlp"] = "unet"
+    """unet and dit are for pictures, mlp for vectors"""
+    width: int = 32
+    """channels of the first level (unet), of the tokens (dit) or of the layers (mlp)"""
+    multipliers: tuple[int, ...] = (1, 2)
+    """width of every level of the unet, in units of width"""
+    blocks: int = 1
+    """residual blocks a level (unet)"""
+    attention: tuple[int, ...] = (1,)
+    """levels with self-attention (unet)"""
+    depth: int = 4
+    """blocks (dit, mlp)"""
+    heads: int = 4
+    """attention heads (dit)"""
+    patch: int = 2
+    """side of a patch in pixels (dit)"""
+    dropout: float = 0.0
+    """share of the activations dropped while training"""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """type of the network's arithmetic; parameters, state and outputs stay float32"""
+    remat: bool = False
+    """recompute activations in the backward pass"""
+    scan_layers: bool = False
+    """one compiled block for all layers (dit, mlp)"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Path:
+    """The process from data to noise."""
+
+    name: str = "edm"
+    """see `diffjax list processes`"""
+    sigma_min: float | None = None
+    """least noise (edm, ve)"""
+    sigma_max: float | None = None
+    """most noise (edm, ve)"""
+    beta_min: float | None = None
+    """first rate (vp, subvp)"""
+    beta_max: float | None = None
+    """last rate (vp, subvp)"""
+    shift: float | None = None
+    """multiply the noise, as for higher resolutions"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Objective:
+    """What the network predicts and how its errors are weighed."""
+
+    prediction: Literal["edm", "v", "x0", "eps", "velocity", "score"] = "edm"
+    """edm is the preconditioned network of EDM for data of unit deviation"""
+    law: str = "lognormal"
+    """law of the training time, see `diffjax list laws`"""
+    law_mean: float | None = None
+    """of laws that have one; default that of the law"""
+    law_std: float | None = None
+    """of laws that have one; default that of the law"""
+    weighting: str = "edm"
+    """weight of the squared error of x0, see `diffjax list weights`"""
+    coupling: Literal["independent", "assignment", "nearest"] = "independent"
+    """how noise and data are paired"""
+    label_drop: float = 0.1
+    """share of the labels hidden while training, for guidance"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """Optimisation."""
+
+    steps: int = 10_000
+    """updates of the parameters"""
+    batch_size: int = 64
+    """items of one update, over all devices"""
+    learning_rate: float = 1e-3
+    """the largest one of the schedule"""
+    warmup: int = 200
+    """steps of linear growth of the learning rate, at most a tenth of all"""
+    decay: Literal["constant", "cosine", "linear", "inverse_sqrt"] = "linear"
+    """how the learning rate falls afterwards; linear over the last half"""
+    b2: float = 0.99
+    """decay of Adam's second moment"""
+    weight_decay: float = 0.01
+    """of matrices"""
+    clip: float | None = 1.0
+    """largest norm of the gradient"""
+    ema: tuple[float, ...] = (0.999,)
+    """decays of the averaged parameters; the first is used for sampling"""
+    augment: Literal["none", "flip", "affine"] = "none"
+    """affine tells the network what was done, and samples without it"""
+    accumulate: int = 1
+    """parts of the batch, to save memory"""
+    parallel: Literal["mesh", "pmap", "shard_map"] = "mesh"
+    """how several devices share the work; the numbers are the same"""
+    per_dispatch: int | None = None
+    """steps for each call of the device; default by the size of the model"""
+    save_every: int = 1000
+    """steps between checkpoints"""
+    sample_every: int = 1000
+    """steps between pictures of samples"""
+    log_every: int = 100
+    """steps between lines of metrics.jsonl"""
+    max_skipped: int = 50
+    """updates with NaN or infinity in a row at which to stop"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """How samples are drawn while training and for the scores."""
+
+    solver: str = "dpmpp_2m"
+    """see `diffjax list solvers`"""
+    steps: int = 25
+    """steps of the solver"""
+    grid: str = "karras"
+    """see `diffjax list grids`"""
+    guidance: float = 1.0
+    """weight of classifier-free guidance; 1 is the conditional model"""
+    seeds: int = 4
+    """sets of samples over which scores are averaged"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    """Train a model; at the end print its scores and where the last grid of samples lies."""
+
+    data: Annotated[str, tyro.conf.Positional] = "digits"
+    """digits, photos, gaussians, moons, ..., arrays:FILE.npz, images:FOLDER, tfds:NAME (`diffjax list data`)"""
+    run: str | None = None
+    """run folder; default a new runs/DATA-N"""
+    resume: str | None = None
+    """run folder to continue; its options come from its config.json, only --training.steps may grow"""
+    config: str | None = None
+    """config.json (or run folder) to take the options from, for a new run"""
+    seed: int = 0
+    """of parameters, noise, order and splits of the data"""
+    image_size: int | None = None
+    """side of pictures in pixels (images:, tfds:)"""
+    data_directory: str | None = None
+    """where prepared tfds: sets lie"""
+    on_error: Literal["stop", "skip"] = "stop"
+    """at an unreadable item"""
+    scores: bool = True
+    """score samples at the end"""
+    model: Model = dataclasses.field(default_factory=Model)
+    process: Path = dataclasses.field(default_factory=Path)
+    objective: Objective = dataclasses.field(default_factory=Objective)
+    training: Training = dataclasses.field(default_factory=Training)
+    sampler: Sampler = dataclasses.field(default_factory=Sampler)
+
+
+PLACES = ("run", "resume", "config")  # where, not what: not kept in config.json
+FREE = ("scores",)  # may differ between a run and its continuation without a trace
+EXTENDABLE = ("training.steps", "data_directory")  # may differ, and config.json follows
+
+# The numbers of the digits job were measured: see "What the main job reaches" in the README.
+DIGITS = Train(
+    data="digits",
+    model=Model("unet", width=16),
+    process=Path("edm", sigma_min=0.02, sigma_max=40.0),
+    objective=Objective(law_mean=-0.2, law_std=1.2),
+    training=Training(steps=7000, learning_rate=2e-3, augment="affine", sample_every=1000, save_every=1000),
+)
+PLANE = Train(
+    model=Model("mlp", width=128, depth=3),
+    process=Path("edm", sigma_min=0.002, sigma_max=80.0),
+    objective=Objective(law_mean=-0.6, law_std=1.4),
+    training=Training(steps=5000, batch_size=256, sample_every=1000),
+)
+PICTURES = Train(
+    model=Model("unet", width=64, multipliers=(1, 2, 2), attention=(2,)),
+    objective=Objective(law_mean=-0.4, law_std=1.2),
+    training=Training(steps=20_000, augment="flip"),
+)
+
+
+def preset(data: str) -> Train:
+    """The defaults for a data set by name: measured ones for digits, one set each for points of the plane and pictures."""
+    if data == "digits":
+        return DIGITS
+    base = PLANE if data in ("gaussians", "moons", "checkerboard", "swiss_roll", "pinwheel") else PICTURES
+    if data.startswith("arrays:"):
+        base = dataclasses.replace(base, training=dataclasses.replace(base.training, augment="none"))
+    return dataclasses.replace(base, data=data)
+
+
+def settle(given: Train, default: Train) -> Train:
+    """The options read from the command line, without the preset's numbers for another process or law.
+
+    `--process.name vp` must not inherit the sigmas of edm that the preset holds.
+    """
+
+    def fresh(chosen: Any, preset: Any, name: str, fields: tuple[str, ...]) -> Any:
+        if getattr(chosen, name) == getattr(preset, name):
+            return chosen
+        return dataclasses.replace(chosen, **{f: None for f in fields if getattr(chosen, f) == getattr(preset, f)})
+
+    numbers = ("sigma_min", "sigma_max", "beta_min", "beta_max")
+    return dataclasses.replace(
+        given,
+        process=fresh(given.process, default.process, "name", numbers),
+        objective=fresh(given.objective, default.objective, "law", ("law_mean", "law_std")),
+    )
+
+
+def to_json(config: Train) -> str:
+    """A configuration as text, with its format version."""
+    fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES}
+    return json.dumps({"format": FORMAT, **fields}, indent=2) + "\n"
+
+
+def from_json(text: str) -> Train:
+    """The configuration that `to_json` wrote.
+
+    Raises: ValueError: no JSON, a newer format, or fields that this version does not know.
+    """
+    try:
+        fields = json.loads(text)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"the configuration is damaged, it is not JSON: {e}") from None
+    version = fields.pop("format", None) if isinstance(fields, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"the configuration is damaged: its format must be an integer; got {version!r}")
+    if version > FORMAT:
+        raise ValueError(f"the configuration has format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
+    return _build(Train, fields, "")
+
+
+def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
+    kinds = typing.get_type_hints(cls)
+    unknown = sorted(set(fields) - set(kinds))
+    if unknown:
+        raise ValueError(
+            f"the configuration has unknown fields {[where + u for u in unknown]}; known are {sorted(kinds)}"
+        )
+    made = {}
+    for name, value in fields.items():
+        kind = kinds[name]
+        value = tuple(value) if isinstance(value, list) else value
+        if dataclasses.is_dataclass(kind) and isinstance(value, dict):
+            value = _build(kind, value, f"{where}{name}.")
+        elif not _fits(value, kind):
+            raise ValueError(
+                f"{where}{name} must be {getattr(kind, '__name__', kind)}; the configuration has {value!r}"
+            )
+        made[name] = value
+    return cls(**made)
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    origin = typing.get_origin(kind)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, k) for k in typing.get_args(kind))
+    if origin is Literal:
+        return value in typing.get_args(kind)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+    if kind is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def differences(old: Train, new: Train) -> dict[str, tuple[Any, Any]]:
+    """Dotted field -> (old, new) where two configurations describe different runs."""
+    found = {}
+
+    def walk(a: Any, b: Any, where: str) -> None:
+        for field in dataclasses.fields(a):
+            name = where + field.name
+            u, v = getattr(a, field.name), getattr(b, field.name)
+            if dataclasses.is_dataclass(u):
+                walk(u, v, f"{name}.")
+            elif u != v and name not in PLACES + FREE:
+                found[name] = (u, v)
+
+    walk(old, new, "")
+    return found

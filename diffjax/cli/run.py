@@ -1,0 +1,205 @@
+"""Run folders: self-contained, readable, and enough to re-create the run.
+
+RUN/config.json   the configuration, every option
+RUN/model.json    what the data were: transform, shape, labels, licence; versions
+RUN/checkpoints/  states, with checksums
+RUN/metrics.jsonl one line per log interval
+RUN/samples/      a PNG for each interval
+RUN/metrics.json  scores
+RUN/loss.png      the loss over time, where matplotlib is installed
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+
+from diffjax import networks, training
+from diffjax.cli import build, config
+from diffjax.data import DataTransform
+from diffjax.training import CheckpointStore
+from diffjax.types import Denoiser
+
+FORMAT = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A trained model and all that belongs to it. Made by `diffjax.load`."""
+
+    denoiser: Denoiser
+    transform: DataTransform
+    shape: tuple[int, ...]
+    num_classes: int | None
+    labels: tuple[str, ...] | None
+    config: config.Train
+    step: int
+    folder: pathlib.Path
+    weights: str
+
+    @property
+    def process(self) -> Any:
+        """The process of the denoiser."""
+        return self.denoiser.process
+
+    def decode(self, x: Any) -> np.ndarray:
+        """Samples in the raw range of the data: pixels, or coordinates."""
+        return np.asarray(self.transform.decode(np.asarray(x)))
+
+
+class Failed(RuntimeError):
+    """What went wrong while running, although the input was right."""
+
+
+def write_whole(path: pathlib.Path, write: Callable[[Any], Any]) -> pathlib.Path:
+    """Call `write(file)` on a binary file that gets its name only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with temporary.open("wb") as file:
+            write(file)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    return path
+
+
+def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
+    """Write a file whole or not at all."""
+    return write_whole(path, lambda file: file.write(text.encode()))
+
+
+def new_folder(asked: str | None, data: str) -> pathlib.Path:
+    """The folder of a new run: the one asked for, which must not hold a run, or the next free runs/DATA-N.
+
+    Raises: ValueError: it exists and is not empty.
+    """
+    if asked is None:
+        stem = re.sub(r"[^A-Za-z0-9_.-]+", "-", data).strip("-.")[-60:] or "run"
+        n = 1
+        while (folder := pathlib.Path("runs") / f"{stem}-{n}").exists():
+            n += 1
+        return folder
+    folder = pathlib.Path(asked)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(
+            f"run folder {folder} exists and is not empty; continue it with --resume {folder}, or give another --run"
+        )
+    return folder
+
+
+def describe(dataset: Any, parameters: int) -> str:
+    """The text of model.json."""
+    import diffjax
+
+    return json.dumps(
+        {
+            "format": FORMAT,
+            "diffjax": diffjax.__version__,
+            "jax": jax.__version__,
+            "data": dataset.name,
+            "shape": list(dataset.shape),
+            "num_classes": dataset.num_classes,
+            "labels": list(dataset.labels) if dataset.labels else None,
+            "licence": dataset.licence,
+            "transform": dataset.transform.to_dict(),
+            "parameters": parameters,
+        },
+        indent=2,
+    ) + "\n"  # fmt: skip
+
+
+def read_config(path: pathlib.Path) -> config.Train:
+    """The configuration in a file, or in a run folder.   Raises: ValueError: damaged, or of a newer version."""
+    path = path / "config.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"there is no file {path}; give the config.json of a run")
+    try:
+        return config.from_json(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path}: {e}") from None
+
+
+def read(folder: pathlib.Path) -> tuple[config.Train, dict[str, Any]]:
+    """The configuration and model.json of a run.   Raises: ValueError: no run there, damaged, or of a newer version."""
+    if not folder.is_dir():
+        raise ValueError(f"there is no run folder {folder}; `diffjax train` makes one")
+    missing = [name for name in ("config.json", "model.json") if not (folder / name).is_file()]
+    if missing:
+        raise ValueError(f"{folder} is no run folder: it lacks {' and '.join(missing)}")
+    path = folder / "model.json"
+    try:
+        about = json.loads(path.read_text())
+    except ValueError as e:
+        raise ValueError(f"{path} is damaged, it is not JSON: {e}") from None
+    version = about.get("format") if isinstance(about, dict) else None
+    if not isinstance(version, int):
+        raise ValueError(f"{path} is damaged: its format must be an integer; got {version!r}")
+    if version > FORMAT:
+        raise ValueError(f"{folder} has run format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
+    lacks = [k for k in ("shape", "num_classes", "labels", "transform") if k not in about]
+    if lacks:
+        raise ValueError(f"{path} is damaged: it lacks {', '.join(lacks)}")
+    return read_config(folder), about
+
+
+def check_steps(folder: pathlib.Path) -> list[int]:
+    """The steps on disk.   Raises: ValueError: training was stopped before the first was written."""
+    steps = CheckpointStore(folder / "checkpoints").steps()
+    if not steps:
+        raise ValueError(
+            f"{folder} has no checkpoint: training stopped before the first was written. Train again in a new folder: "
+            f"diffjax train --config {folder}"
+        )
+    return steps
+
+
+def initial_parameters(settings: config.Train, shape: tuple[int, ...], num_classes: int | None, fill: bool) -> Any:
+    """Fresh parameters of a run, or only their shapes as zeros."""
+    vector = build.vector_size(settings.training)
+    module = build.network(settings.model, shape, num_classes, vector)
+    inputs = build.zeros(shape, num_classes, vector)
+    if fill:
+        return networks.initialise(module, jax.random.key(settings.seed), *inputs)
+    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
+    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+
+
+def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
+    """A trained model from its run folder, which is self-contained.
+
+    Args: run: the folder.   weights: name of an average such as 'ema_0.999', or 'params'; default the first average.
+    step: which checkpoint, default the newest undamaged one.
+    Returns: a `Run`: `denoiser` (its condition is a label [B] where there are labels; `denoiser.null` hides it), `process`,
+    `transform`, `labels`, `decode(x)`.
+    Raises: ValueError: no run there, unknown weights, no usable checkpoint.
+    """
+    folder = pathlib.Path(run)
+    settings, about = read(folder)
+    shape, classes = tuple(about["shape"]), about["num_classes"]
+    averages = build.averages(settings.training)
+    choices = (*averages, "params")
+    weights = weights or choices[0]
+    if weights not in choices:
+        raise ValueError(f"weights must be one of {', '.join(choices)}; got {weights!r}")
+    check_steps(folder)
+    params = initial_parameters(settings, shape, classes, fill=False)
+    optimizer = build.optimiser(settings.training)[0]
+    template = jax.eval_shape(lambda p: training.init_state(p, optimizer, 0, emas=averages), params)
+    with CheckpointStore(folder / "checkpoints") as store:
+        restored = store.restore(template, step)
+    chosen = restored.state.params if weights == "params" else restored.state.ema[weights]
+    made = build.model(settings, shape, classes, training=False)
+    return Run(
+        made(chosen), DataTransform.from_dict(about["transform"]), shape, classes,
+        tuple(about["labels"]) if about["labels"] else None, settings, restored.step, folder, weights,
+    )  # fmt: skip

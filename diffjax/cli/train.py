@@ -1,0 +1,150 @@
+"""`diffjax train`: the main job."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffjax import data as data_
+from diffjax import networks, training
+from diffjax.cli import build, check, config, console, evaluate, plot
+from diffjax.cli import run as runs
+from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
+from diffjax.training import CheckpointStore, Hook
+
+COLUMNS = 10  # of a grid of pictures, and its rows
+POINTS = 4096  # of a scatter plot
+
+
+def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
+    """The configuration, the folder, and whether a run is continued.
+
+    Raises: ValueError: a folder that holds another run, or options that differ from those of the run to continue.
+    """
+    if args.resume is None:
+        return args, runs.new_folder(args.run, args.data), False
+    folder = pathlib.Path(args.resume)
+    for name in ("run", "config"):
+        if getattr(args, name) is not None:
+            raise ValueError(f"--resume continues {folder}, and takes no --{name}; leave one of them out")
+    stored, _ = runs.read(folder)
+    changed = {k: v for k, v in config.differences(stored, args).items() if k not in config.EXTENDABLE}
+    if changed:
+        lines = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in changed.items())
+        raise ValueError(
+            f"{folder} is a run with another configuration: {lines}. Leave these options out, or start a new run with --run"
+        )
+    reached = runs.check_steps(folder)[-1]
+    if args.training.steps < reached:
+        raise ValueError(
+            f"{folder} has reached step {reached} already; --training.steps must not be below; got {args.training.steps}"
+        )
+    return args, folder, True
+
+
+def write_settings(settings: config.Train, folder: pathlib.Path, store: CheckpointStore) -> None:
+    """Keep what changed when a run is continued; only if there is a state to continue from."""
+    stored = runs.read_config(folder)
+    if config.differences(stored, settings) and any(store.check(s) is None for s in store.steps()[::-1]):
+        old, new = stored.training.steps, settings.training.steps
+        if old != new:
+            console.note(f"steps go from {old} to {new}; the schedule of the learning rate is now that of {new} steps")
+        runs.write_text(folder / "config.json", config.to_json(dataclasses.replace(settings, scores=stored.scores)))
+
+
+def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any) -> Any:
+    """The hook that draws the same samples at every interval into RUN/samples/."""
+    shape, classes = build.shape_of(dataset), dataset.num_classes
+    columns = min(classes or COLUMNS, 2 * COLUMNS)
+    show = COLUMNS * columns if len(shape) == 3 else POINTS
+    labels = choose_labels(None, show, min(classes, columns) if classes and len(shape) == 3 else classes)
+
+    def samples(step: int, state: Any) -> None:
+        guided = build.guided(denoiser(state), settings.sampler.guidance)
+        x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, title=None)
+        try:
+            save_grid(folder / "samples" / f"step_{step:07d}.png", dataset.transform, x, columns)
+        except OSError as error:  # a full disk: the picture is lost, the training is not
+            console.note(f"the samples of step {step} could not be written: {error}")
+
+    return samples
+
+
+def main(args: config.Train) -> int:
+    """Run the command."""
+    began = time.monotonic()
+    check.numbers(args)
+    settings, folder, resume = resolve(args)
+    t = settings.training
+    path = build.process(settings.process)  # names are looked up, and refused, before anything is loaded
+    solver = build.solver(settings.sampler, path)
+    build.loss(settings.objective, None)
+    optimizer, schedule = build.optimiser(t)
+    averages = build.averages(t)
+    dataset = evaluate.load_data(settings)
+    shape, classes = build.shape_of(dataset), dataset.num_classes
+    check.guidance("sampler.guidance", settings.sampler.guidance, classes, settings.objective.label_drop)
+    train_step = training.make_train_step(
+        build.model(settings, shape, classes, training=True), build.loss(settings.objective, classes), optimizer,
+        emas=averages, accumulate=t.accumulate, learning_rate=schedule,
+        augment=None if t.augment == "none" else build.Augment(t.augment),
+    )  # fmt: skip
+    params = runs.initial_parameters(settings, shape, classes, fill=not resume)
+    count = networks.parameter_count(params)
+    store = CheckpointStore(folder / "checkpoints", best="loss", say=console.note)
+    if resume:
+        write_settings(settings, folder, store)
+    else:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_text(folder / "model.json", runs.describe(dataset, count))
+        runs.write_text(folder / "config.json", config.to_json(settings))
+    console.note(
+        f"{folder}: {settings.model.network} with {count:,} parameters, {t.steps} steps of {t.batch_size} on "
+        f"{jax.device_count()} {jax.default_backend()} device(s)"
+    )
+    train_items = len(dataset.split("train"))
+    console.note(f"{dataset.name}: {train_items} training items of shape {shape}; licence: {dataset.licence}")
+    if dataset.skipped:
+        console.note(f"left out {len(dataset.skipped)} unreadable items: {', '.join(dataset.skipped[:5])}")
+
+    weights = next(iter(averages), None)
+    denoiser_of = build.model(settings, shape, classes, training=False)
+
+    def denoiser(state: Any) -> Any:
+        params = state.params if weights is None else state.ema[weights]
+        return denoiser_of(jax.tree.map(lambda a: jnp.asarray(jax.device_get(a)), params))
+
+    draws = [Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver), "samples")]
+    batches = data_.batches(
+        dataset, "train", t.batch_size, seed=settings.seed,
+        process_index=jax.process_index(), process_count=jax.process_count(),
+    )  # fmt: skip
+    with store, batches:
+        result = training.fit(
+            training.init_state(params, optimizer, settings.seed, emas=averages), train_step, batches, steps=t.steps,
+            parallel=t.parallel, per_dispatch=t.per_dispatch, store=store, save_every=t.save_every, resume=resume,
+            hooks=draws if drawable(shape) else [], log_every=t.log_every, metrics_file=folder / "metrics.jsonl",
+            max_skipped=t.max_skipped,
+        )  # fmt: skip
+    if result.saved != result.step:
+        console.note(f"the last checkpoint on disk is step {result.saved}: {'; '.join(result.failures)}")
+    if result.interrupted is not None:
+        console.note(f"interrupted at step {result.step}; continue with: diffjax train --resume {folder}")
+        return result.exit_code
+    if settings.scores:
+        found = evaluate.scores(denoiser(result.state), settings, dataset)
+        found |= {"step": result.step, "weights": weights or "params"}
+        evaluate.save(found, folder / "metrics.json")
+        evaluate.report(found)
+        console.show(f"scores   {folder / 'metrics.json'}  (all of them: diffjax eval {folder} --all)")
+    if drawn := plot.loss(folder):
+        console.show(f"loss     {drawn}")
+    if grids := sorted((folder / "samples").glob("step_*.png")):
+        console.show(f"grid     {grids[-1]}")
+    console.show(f"run      {folder}  ({time.monotonic() - began:.0f} s)")
+    return 0 if result.saved == result.step else 1
