@@ -250,8 +250,8 @@ def denoiser(
     Args: fn: `fn(x, t)`, `fn(x, t, cond)` or `fn(params, x, t, cond)`, pure; the time it gets is `[B]`.   read: `from_x0`,
     `from_eps`, `from_v`, `from_velocity`, `from_score`, `from_edm` or your own.   params: leaves.   null: the condition that
     means "no condition", without batch axis.   input_scale: `(process, t) -> c_in`, e.g. `edm_scale(0.5)`.   time:
-    `(process, t) -> code`, e.g. `time_1000`, `time_log_sigma`.   dropout: fn takes `key=`: one key per item [B] in losses, None when sampling.   aux: fn
-    returns `(out, aux)`.
+    `(process, t) -> code`, e.g. `time_1000`, `time_log_sigma`.   dropout: fn takes `key=`: one key per item [B] in losses,
+    None when sampling.   aux: fn returns `(out, aux)`.
     Raises: ValueError: `fn` takes another number of arguments, or `params` is given to one that takes none.
 
     Example:

@@ -36,10 +36,10 @@ class Rows(NamedTuple):
     qd: Any
     qc: Any
     qn: Any  # [n, ...]
-    noise: Any  # [n, ...]
     keep: Any  # [n] bool
     accept: Any  # [n] bool
-    pz: Any = None  # [n, ...], or None in a table that shares no noise
+    noise: Any = None  # [n, ...], or None in a table that draws no z'
+    pz: Any = None  # [n, ...], or None in a table that draws no z
     qz: Any = None
 
 
@@ -81,12 +81,13 @@ def step(noise: Noise, denoiser: Any, carry: Any, row: Rows) -> Any:
     prediction, model_state, _ = denoiser.evaluate(y, row.t, state=model_state)
     d = nu.add(nu.scale(row.u[0], prediction.x0), nu.scale(row.u[1], prediction.eps))
     new = nu.add(_combine((row.qx, xs), (row.qd, ds), (row.qc, cs), z=(row.qz, z)), nu.scale(row.qn, d))
-    new = jax.lax.cond(
-        jnp.any(row.noise != 0),  # a deterministic row draws nothing
-        lambda x: nu.add(x, nu.scale(row.noise, noise.draw(x, 1))),
-        lambda x: x,
-        new,
-    )
+    if row.noise is not None:  # else not even the program that draws is compiled
+        new = jax.lax.cond(
+            jnp.any(row.noise != 0),  # a deterministic row draws nothing
+            lambda x: nu.add(x, nu.scale(row.noise, noise.draw(x, 1))),
+            lambda x: x,
+            new,
+        )
     pushed = tuple(nu.tree_where(row.keep, a, b) for a, b in zip((d, *ds[:-1]), ds, strict=True)) if ds else ()
     return Registers((new, *xs[:-1]), pushed, cs), model_state
 
@@ -164,7 +165,7 @@ def build(
     qx: Any,
     qd: Any = (),
     qn: Any,
-    noise: Any = 0.0,
+    noise: Any = None,
     keep: Any = True,
     accept: Any = True,
     pz: Any = None,
@@ -173,8 +174,8 @@ def build(
 ) -> Solver:
     """A solver from columns; each is `[n]`, a number for all rows, or a tuple of such, one per register.
 
-    Columns that are left out are zero, `px` evaluates at the newest state, `t` at the start of each step. `skip` marks rows
-    that only copy the newest state: they are removed when the table is concrete.
+    Columns that are left out are zero (noise columns: absent), `px` evaluates at the newest state, `t` at the start of each
+    step. `skip` marks rows that only copy the newest state: they are removed when the table is concrete.
     Raises: ValueError: a coefficient is not finite, naming the method and the time.
     """
     xp = nodes.xp
@@ -187,8 +188,7 @@ def build(
     pd = pd or (0.0,) * len(qd)
     rows = Rows(
         t, registers(px), registers(pd), registers(()), registers(u), registers(qx), registers(qd), registers(()),
-        column(qn), column(noise), flag(keep), flag(accept),
-        None if pz is None else column(pz), None if qz is None else column(qz),
+        column(qn), flag(keep), flag(accept), *(None if c is None else column(c) for c in (noise, pz, qz)),
     )  # fmt: skip
     if xp is np:
         if skip is not None:
@@ -215,31 +215,40 @@ def compact(solver: Solver) -> Solver:
     rows = r._replace(px=r.px[:, :p], qx=r.qx[:, :p], pd=r.pd[:, :q], qd=r.qd[:, :q])
     if rows.pz is not None and not (np.any(np.asarray(rows.pz)) or np.any(np.asarray(rows.qz))):
         rows = rows._replace(pz=None, qz=None)
+    if rows.noise is not None and not np.any(np.asarray(rows.noise)):
+        rows = rows._replace(noise=None)
     return dataclasses.replace(solver, rows=rows, init=Start(p, q))
 
 
-def pad(solver: Solver, rows: int, p: int | None = None, q: int | None = None, shared: bool | None = None) -> Solver:
+def draws(solver: Solver) -> int:
+    """The normals that a row of a table may draw: 0, 1 (z') or 2 (z and z')."""
+    return 2 if solver.rows.pz is not None else int(solver.rows.noise is not None)
+
+
+def pad(solver: Solver, rows: int, p: int | None = None, q: int | None = None, noise: int | None = None) -> Solver:
     """The same solver in a table of another shape, so that solvers of different sizes share one compilation.
 
     The padding rows are never run: `count` says where to stop, and the loop is a `fori_loop` without reverse mode.
 
-    Args: rows: total rows.   p, q: state and value registers.   shared: whether the table has the shared-noise columns.
+    Args: rows: total rows.   p, q: state and value registers.   noise: normals that a row may draw, 0, 1 or 2 (see `draws`);
+    tables with the columns for 2 share a compilation whatever they draw. Defaults are the table's own.
     Raises: ValueError: the table does not fit.
     """
     r = solver.rows
-    n, p0, q0 = r.t.shape[0], r.px.shape[1], r.pd.shape[1]
+    n, p0, q0, drawn = r.t.shape[0], r.px.shape[1], r.pd.shape[1], draws(solver)
     p, q = p or p0, q0 if q is None else q
-    shared = r.pz is not None if shared is None else shared
-    if rows < n or p < p0 or q < q0 or (r.pz is not None and not shared):
+    if rows < n or p < p0 or q < q0 or (noise is not None and noise < drawn):
         raise ValueError(
-            f"a table of {n} rows, p={p0}, q={q0}, shared noise {r.pz is not None} does not fit into rows={rows}, p={p}, "
-            f"q={q}, shared={shared}; give sizes at least as large"
+            f"a table of {n} rows, p={p0}, q={q0}, noise={drawn} does not fit into rows={rows}, p={p}, q={q}, "
+            f"noise={noise}; give sizes at least as large"
         )
     xp = nu.namespace(r)
     wide = lambda c, k: xp.concatenate([c, xp.zeros((n, k - c.shape[1], *c.shape[2:]), c.dtype)], axis=1)
     zero = xp.zeros_like(r.qn)
     r = r._replace(px=wide(r.px, p), qx=wide(r.qx, p), pd=wide(r.pd, q), qd=wide(r.qd, q))
-    if shared and r.pz is None:
+    if noise and r.noise is None:
+        r = r._replace(noise=zero)
+    if noise == 2 and r.pz is None:
         r = r._replace(pz=zero, qz=zero)
     extend = lambda a, m: xp.concatenate([a, xp.broadcast_to(a[-1:], (m, *a.shape[1:]))])
     count = n if solver.count is None else solver.count
@@ -260,8 +269,8 @@ def stack(solvers: list[Solver]) -> Solver:
     rows = max(s.evaluations for s in solvers)
     p = max(s.rows.px.shape[1] for s in solvers)
     q = max(s.rows.pd.shape[1] for s in solvers)
-    shared = any(s.rows.pz is not None for s in solvers)
-    padded = [_idle(pad(s, rows, p, q, shared), s.evaluations) for s in solvers]
+    noise = max(draws(s) for s in solvers)
+    padded = [_idle(pad(s, rows, p, q, noise), s.evaluations) for s in solvers]
     xp = nu.namespace([s.rows for s in padded])
     return jax.tree.map(lambda *leaves: xp.stack(leaves), *padded)
 
@@ -275,9 +284,10 @@ def _idle(solver: Solver, n: int) -> Solver:
     first = np.zeros(r.qx.shape[1])
     first[0] = 1.0
     copies = xp.asarray(expand_rows(~real, r.qx) * expand_rows(first[None], r.qx), r.qx.dtype)
+    silent = {name: None if (c := getattr(r, name)) is None else zero(c) for name in ("noise", "pz", "qz")}
     r = r._replace(
-        qx=zero(r.qx) + copies, qd=zero(r.qd), qc=zero(r.qc), qn=zero(r.qn), noise=zero(r.noise), keep=r.keep & real,
-        accept=r.accept & real, qz=None if r.qz is None else zero(r.qz), pz=None if r.pz is None else zero(r.pz),
+        qx=zero(r.qx) + copies, qd=zero(r.qd), qc=zero(r.qc), qn=zero(r.qn), keep=r.keep & real, accept=r.accept & real,
+        **silent,
     )  # fmt: skip
     return dataclasses.replace(solver, rows=r, count=None)
 

@@ -40,7 +40,7 @@ class Recorder(contextlib.AbstractContextManager):
         self._queue: collections.deque = collections.deque()
         self._sums: dict[str, list] = {name: list(pair) for name, pair in carried.get("window", {}).items()}
         self._before = carried.get("seconds", 0.0)
-        self._clock = self._mark = time.perf_counter()
+        self._clock = self._mark = self._taken = time.perf_counter()
         self._marked = self._seen = start
         self._latest: dict[str, float] = {}
         self._file = None
@@ -70,7 +70,7 @@ class Recorder(contextlib.AbstractContextManager):
         while self._queue:
             self._take()
         if finish and self._sums:
-            self._line(self._seen)
+            self._line(self._seen, time.perf_counter())
 
     def note(self, step: int, name: str, numbers: dict) -> None:
         """A line of its own for what a hook measured."""
@@ -87,6 +87,8 @@ class Recorder(contextlib.AbstractContextManager):
     def _take(self) -> None:
         first, n, metrics = self._queue.popleft()
         values = {name: np.asarray(value) for name, value in metrics.items()}
+        now, before = time.perf_counter(), self._taken
+        self._taken = now
         for i in range(n):
             row = {name: float(value[i]) for name, value in values.items()}
             self._latest, self._seen = row, first + i + 1
@@ -97,15 +99,14 @@ class Recorder(contextlib.AbstractContextManager):
                     pair[0] += value
                     pair[1] += 1
             self._sums.setdefault("loss", [0.0, 0])
-            if self._seen % self._every == 0:
-                self._line(self._seen)
+            if self._seen % self._every == 0:  # the steps of one call took equal times
+                self._line(self._seen, before + (now - before) * (i + 1) / n)
         if self._display is not None:
             self._display.advance(self._seen)
 
-    def _line(self, step: int) -> None:
+    def _line(self, step: int, now: float) -> None:
         self.means = {name: total / count for name, (total, count) in self._sums.items() if count}
         self._sums = {}
-        now = time.perf_counter()
         rate = (step - self._marked) / max(now - self._mark, 1e-9)
         self._mark, self._marked = now, step
         line = {
