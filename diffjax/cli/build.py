@@ -17,7 +17,7 @@ from diffjax.cli.config import Model, Objective, Path, Sampler, Train, Training
 from diffjax.training import ema, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
-AFFINE = 5  # numbers that describe the affine augmentation
+AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
 FREQUENCIES = (0.5, 32.0)  # radians per unit of log(sigma) / 4, which runs over about [-1.5, 1.5]
 
 
@@ -182,6 +182,9 @@ class Augment:
         if self.kind == "flip":
             return {**batch, "x": data_.augment.flip(keys, batch["x"])}
         x, vector = data_.augment.affine(keys, batch["x"])
+        # Interpolation blurs even the smallest move: without this flag the network blurs pictures that were not moved.
+        moved = jnp.any(vector != 0, axis=1, keepdims=True).astype(vector.dtype)
+        vector = jnp.concatenate([vector, moved], axis=1)
         return {**batch, "x": x, "vector": vector}
 
 

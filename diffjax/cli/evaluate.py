@@ -66,8 +66,8 @@ def scores(
 ) -> dict[str, Any]:
     """Scores of a model over several sample seeds, against the test split, which chose nothing.
 
-    The reference and every set have the same size n; the floors use n items of the train split as the other real set;
-    the classifier is trained on the classifier split. Returns: plain data for metrics.json.
+    The reference and every set have the same size n; a floor is the mean over up to four disjoint sets of n items of the
+    train split; the classifier is trained on the classifier split. Returns: plain data for metrics.json.
     """
     sampler = settings.sampler
     most = min(len(dataset.split("test")), len(dataset.split("train")))
@@ -76,7 +76,7 @@ def scores(
         raise ValueError(f"--n must be in 2..{most}, the size of the test split; got {size}")
     test = dataset.read("test", size)
     real, labels = test["x"], test["label"] if dataset.num_classes else None
-    other = dataset.read("train", size)["x"]
+    other = dataset.read("train", size * min(4, len(dataset.split("train")) // size))["x"]
     pictures = len(dataset.shape) == 3 and min(dataset.shape[:2]) >= 4
     extractors = [metrics.pixels()]
     classifier = None
@@ -102,7 +102,9 @@ def scores(
             raise runs.Failed(
                 f"{bad} of {size} samples are not finite; the model diverged, or the solver does not fit it"
             )
-        results.append(metrics.distribution_scores(real, other, fake, extractors))
+        results.append(
+            metrics.distribution_scores(real, other, fake, extractors, floors=results[0] if results else None)
+        )
         extra = metrics.score(metrics.memorisation(train, real), fake)
         if classifier is not None:
             extra["label_accuracy"] = classifier.accuracy(fake, labels)

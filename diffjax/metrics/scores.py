@@ -51,17 +51,19 @@ def distribution_scores(
     fake: Any,
     extractors: Sequence[FeatureExtractor] | None = None,
     metrics: Iterable[Callable[..., Metric]] = METRICS,
+    floors: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Every metric in every feature space for fake data and, as its floor, for real data of the same number.
 
-    score = metric(real_a)(fake[:n])   floor = metric(real_a)(real_b[:n])   n = min(len(real_b), len(fake))
+    score = metric(real_a)(fake[:n])   floor = mean_j metric(real_a)(real_b[j n : (j + 1) n])   n = min(len(real_b), len(fake))
 
     Scores depend on the number of items, so both take `n` of them against the whole of `real_a`; shuffle sets that are
     sorted. `real_a`, `real_b`, and the data that trained an extractor, must be disjoint: features trained on the
     reference spoil the floor. All in one range. Exact transport is left out where the sets differ in size or hold more
     than 2000 items.
 
-    Args: real_a: [N, ...] the reference.   real_b: [M, ...] other real items.   fake: [K, ...] samples.   extractors:
+    Args: real_a: [N, ...] the reference.   real_b: [M, ...] other real items, cut
+        into as many disjoint sets of n as they give: the floor is the mean over them.   fake: [K, ...] samples.   extractors:
         default pixels and, for pictures, the random convolution.   metrics: factories `(reference, extractor) ->
         Metric`, options set by `functools.partial`.
     Returns: plain data, ready for JSON: `{'n', 'reference', 'scores': {'frechet_pixels': {'score', 'floor', 'ratio'},
@@ -78,17 +80,22 @@ def distribution_scores(
     if len(set(names)) != len(names) or not names:
         raise ValueError(f"extractors must have different names, at least one; got {names}")
     n = min(len(real_b), len(fake))
+    sets = [real_b[i : i + n] for i in range(0, len(real_b) - n + 1, n)]
     transport = len(real_a) == n <= ASSIGNMENT_LIMIT
     metrics = [build for build in metrics if _method(build) is not exact_w2 or transport]
     out: dict[str, dict[str, float | None]] = {}
     for extractor in extractors:
         # features are taken once; the metrics then work on them as they are
-        ref, real, made = (extractor(x[:size]) for x, size in ((real_a, None), (real_b, n), (fake, n)))
+        ref, made = extractor(real_a), extractor(fake[:n])
+        reals = [extractor(x) for x in sets] if floors is None else []
         for build in metrics:
-            metric = build(ref, pixels())
-            scores, floors = (_parts(_method(build).__name__, score(metric, x)) for x in (made, real))
-            for part, value in scores.items():
-                floor = floors[part]
+            metric, method = build(ref, pixels()), _method(build).__name__
+            real = [_parts(method, score(metric, x)) for x in reals]
+            for part, value in _parts(method, score(metric, made)).items():
+                if floors is None:
+                    floor = float(np.mean([found[part] for found in real]))
+                else:
+                    floor = floors["scores"][_name(part, extractor)]["floor"]
                 ratio = value / floor if part not in NO_RATIO and floor > 0 else None
                 out[_name(part, extractor)] = {"score": value, "floor": floor, "ratio": ratio}
     return {"n": n, "reference": len(real_a), "scores": out}

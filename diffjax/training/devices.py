@@ -21,7 +21,9 @@ from diffjax.numerics import PyTree
 from diffjax.training.state import TrainState, count_params, place
 
 AXES = ("data", "fsdp", "model")
-DISPATCH_WORK = 2e8  # parameters x examples below which several steps per call pay: less host work, and faster code on a CPU
+DISPATCH_WORK = (
+    2e8  # parameters x examples below which several steps per call pay: less host work, and faster code on a CPU
+)
 MAX_PER_DISPATCH = 16
 Step = Callable[..., tuple[TrainState, dict]]
 

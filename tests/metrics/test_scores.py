@@ -100,3 +100,15 @@ def test_average_and_table():
 def test_bad_input_is_named(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_a_floor_is_the_mean_over_disjoint_sets_and_may_be_taken_over():
+    rng = np.random.default_rng(0)
+    real, other, fake = (rng.normal(size=(n, 3)).astype(np.float32) for n in (40, 95, 40))
+    found = metrics.distribution_scores(real, other, fake, metrics=[metrics.frechet])
+    parts = [metrics.score(metrics.frechet(real), other[i : i + 40]) for i in (0, 40)]
+    np.testing.assert_allclose(found["scores"]["frechet_pixels"]["floor"], np.mean(parts), rtol=1e-6)
+    again = metrics.distribution_scores(real, other, fake[::-1], metrics=[metrics.frechet], floors=found)
+    np.testing.assert_allclose(
+        again["scores"]["frechet_pixels"]["ratio"], found["scores"]["frechet_pixels"]["ratio"], rtol=1e-5
+    )
