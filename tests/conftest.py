@@ -11,6 +11,8 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 import jax  # noqa: E402
 import pytest  # noqa: E402
 
+collect_ignore_glob = ["conftest.py", "*/conftest.py"]  # they hold no doctests, and share one module name
+
 CACHE = pathlib.Path(os.environ.get("DIFFJAX_TEST_CACHE", pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 
 jax.config.update("jax_compilation_cache_dir", str(CACHE))
