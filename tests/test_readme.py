@@ -20,7 +20,7 @@ def test_method_table_is_generated():
 
 def test_quickstart_runs():
     code = re.search(r"<!-- quickstart -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
-    assert len([line for line in code.splitlines() if line.strip()]) <= 22
+    assert len([line for line in code.splitlines() if line.strip()]) <= 15
     scope = {}
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         exec(compile(code, "quickstart", "exec"), scope)
