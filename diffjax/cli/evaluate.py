@@ -64,7 +64,7 @@ def load_data(settings: Train) -> Any:
 def scores(
     denoiser: Denoiser, settings: Train, dataset: Any, *, n: int | None = None, seed: int = 1000
 ) -> dict[str, Any]:
-    """Scores of a model over several sample seeds, against the test split, which chose nothing.
+    """Scores of a model over several sample seeds, against the test split, which training never sees.
 
     The reference and every set have the same size n; a floor is the mean over up to four disjoint sets of n items of the
     train split; the classifier is trained on the classifier split. Returns: plain data for metrics.json.
