@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 
 from diffjax.solvers import table
-from diffjax.solvers.dpmpp import known, past
-from diffjax.types import Process, Solver
+from diffjax.types import Card, Process, Solver
 
 QUADRATURE = np.polynomial.legendre.leggauss(24)
 
@@ -83,7 +82,7 @@ def exp_ab(process: Process, grid: Any, order: int = 2, value: Value = X0, *, in
         alpha_t=xp.where(k.finite, k.alpha_t, 1.0),
         sigma_t=xp.where(k.finite, k.sigma_t, 1.0),
     )
-    weights = _integrals(safe, k, known(k, order), order, value)
+    weights = _integrals(safe, k, table.known(k, order), order, value)
     u0, u1 = value.read(xp, k.alpha_t, k.sigma_t)
     first = lambda a, b: xp.where(k.finite, a, b)
     return table.build(
@@ -103,7 +102,7 @@ def _integrals(safe: table.Nodes, k: table.Nodes, use: list[Any], order: int, va
     lam = safe.lam_t[:, None] + half * (1 + points)
     measure = half * gauss * value.kernel(safe, lam)
     finite_lam = xp.where(xp.isfinite(k.lam_t), k.lam_t, 0.0)
-    node = [past(k, finite_lam, j, 0.0) for j in range(order)]
+    node = [table.past(k, finite_lam, j, 0.0) for j in range(order)]
     w = []
     for j in range(order):
         basis = xp.ones_like(lam)
@@ -114,3 +113,18 @@ def _integrals(safe: table.Nodes, k: table.Nodes, use: list[Any], order: int, va
                 basis = basis * xp.where(both[:, None], (lam - node[m][:, None]) / gap, 1.0)
         w.append(xp.where(use[j], (measure * basis).sum(axis=1), 0.0))
     return w
+
+
+_EXACT = {"x0": ("x0",), "eps": ("eps",), "v": ()}
+CARDS = {
+    f"exp_ab{order}_{value.name}": Card(
+        table.options(exp_ab, order=order, value=value),
+        "arXiv:2204.13902#Eq.14",
+        f"exponential Adams-Bashforth on the kept {value.name}",
+        min(order, 2),
+        1,
+        exact=("x0", "eps") if order == 1 and value is not V else _EXACT[value.name],
+    )
+    for value in (X0, EPS, V)
+    for order in (1, 2, 3, 4)
+}

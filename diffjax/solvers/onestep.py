@@ -8,7 +8,7 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
-from diffjax.types import Process, Solver
+from diffjax.types import Card, Process, Solver
 
 
 def _is_zero(a: Any) -> bool:
@@ -107,3 +107,13 @@ def euler(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
     return table.build(
         "euler", k, u=(h * process.dalpha(k.t), h * process.dsigma(k.t)), qx=(1.0,), qn=1.0
     )  # fmt: skip
+
+
+CARDS = {
+    "ddim": Card(ddim, "arXiv:2010.02502#Eq.12", "DDIM(eta), deterministic by default", 1, 1, exact=("x0", "eps")),
+    "ddpm": Card(
+        ddpm, "arXiv:2006.11239#Eq.6", "reverse Markov chain, posterior to transition variance", 1, 1, noise=True
+    ),
+    "ancestral": Card(ancestral, "arXiv:2011.13456#Eq.4", "Euler ancestral", 1, 1, noise=True),
+    "euler": Card(euler, "arXiv:2210.02747#Sec.3", "Euler in t on the probability flow", 1, 1),
+}

@@ -6,7 +6,7 @@ from typing import Any
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
-from diffjax.types import Process, Solver
+from diffjax.types import Card, Process, Solver
 
 
 def heun(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
@@ -94,3 +94,9 @@ def _heun(name: str, k: table.Nodes, t: Any, alpha: Any, sigma: Any, start: tupl
         skip=both(~k.finite & False, ~k.finite),
         **shared,
     )  # fmt: skip
+
+
+CARDS = {
+    "heun": Card(heun, "arXiv:2206.00364#Alg.1", "Heun in sigma / alpha", 2, 2, exact=("eps",)),
+    "edm_heun": Card(edm_heun, "arXiv:2206.00364#Alg.2", "Heun with EDM's churn", 2, 2, noise=True),
+}

@@ -97,6 +97,23 @@ def _combine(*parts: tuple[Any, tuple], z: tuple[Any, Any]) -> PyTree:
     return nu.add(*terms, *([nu.scale(*z)] if z[1] is not None else []))
 
 
+@dataclasses.dataclass(frozen=True)
+class With:
+    """A builder with some options fixed, for cards; prints and hashes by value."""
+
+    f: Any
+    options: tuple[tuple[str, Any], ...]
+
+    def __call__(self, process: Process, grid: Any, **options: Any) -> Solver:
+        """The solver."""
+        return self.f(process, grid, **dict(self.options), **options)
+
+
+def options(f: Any, **options: Any) -> With:
+    """`f` with options fixed: the builder of a card."""
+    return With(f, tuple(options.items()))
+
+
 # ------------------------------------------------------------------------------------------------ building a table
 
 
@@ -146,6 +163,26 @@ def _check_grid(grid: np.ndarray, inverse: bool) -> None:
             f"grid must decrease from noise (1) to data (0); got {head} .... Did you mean grid[::-1]? "
             "To run from data to noise pass inverse=True"
         )
+
+
+def known(k: Nodes, order: int) -> list[Any]:
+    """`known[j][i]`: whether step i may use the value j steps back: it exists and every lambda up to there is finite.
+
+    A step that ends at infinite lambda is first order, because a polynomial cannot be extrapolated to there.
+    """
+    n = k.t.shape[0]
+    ok, use = k.xp.isfinite(k.lam_t), [k.xp.asarray(np.ones(n, bool)), k.finite]
+    for j in range(1, order):
+        back = k.xp.concatenate([k.xp.asarray(np.zeros(min(j, n), bool)), ok[: max(n - j, 0)]])
+        use.append(use[-1] & back)
+    return [use[0], *use[2:]]
+
+
+def past(k: Nodes, column: Any, j: int, fill: Any) -> Any:
+    """`column[i - j]`, with `fill` before the first row."""
+    n = column.shape[0]
+    head = k.xp.broadcast_to(k.xp.asarray(fill, column.dtype), (min(j, n),))
+    return k.xp.concatenate([head, column[: max(n - j, 0)]])
 
 
 def interleave(xp: Any, first: Any, second: Any) -> Any:

@@ -4,30 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from diffjax.solvers import table
-from diffjax.types import Process, Solver
-
-
-def known(k: table.Nodes, order: int) -> list[Any]:
-    """`known[j][i]`: whether step i may use the value j steps back: it exists and every lambda up to there is finite.
-
-    A step that ends at infinite lambda is first order, because a polynomial cannot be extrapolated to there.
-    """
-    n = k.t.shape[0]
-    ok, use = k.xp.isfinite(k.lam_t), [k.xp.asarray(np.ones(n, bool)), k.finite]
-    for j in range(1, order):
-        back = k.xp.concatenate([k.xp.asarray(np.zeros(min(j, n), bool)), ok[: max(n - j, 0)]])
-        use.append(use[-1] & back)
-    return [use[0], *use[2:]]
-
-
-def past(k: table.Nodes, column: Any, j: int, fill: Any) -> Any:
-    """`column[i - j]`, with `fill` before the first row."""
-    n = column.shape[0]
-    head = k.xp.broadcast_to(k.xp.asarray(fill, column.dtype), (min(j, n),))
-    return k.xp.concatenate([head, column[: max(n - j, 0)]])
+from diffjax.types import Card, Process, Solver
 
 
 def dpmpp(process: Process, grid: Any, order: int = 2, *, inverse: bool = False) -> Solver:
@@ -54,21 +32,21 @@ def dpmpp(process: Process, grid: Any, order: int = 2, *, inverse: bool = False)
         raise ValueError(f"order must be 1, 2 or 3; got {order!r}")
     k = table.nodes(process, grid, inverse)
     xp = k.xp
-    use = known(k, order)
+    use = table.known(k, order)
     lam_t, lam_s = (xp.where(xp.isfinite(lam), lam, 0.0) for lam in (k.lam_t, k.lam_s))
     h = xp.where(k.finite, lam_s - lam_t, 1.0)
     gain = xp.where(k.finite, -xp.expm1(-h), 1.0)  # 1 - e^{-h}
     b = k.alpha_s * gain
     w = [b, xp.zeros_like(b), xp.zeros_like(b)]
     if order >= 2:
-        h0 = xp.where(use[1], lam_t - past(k, lam_t, 1, 0.0), 1.0)
+        h0 = xp.where(use[1], lam_t - table.past(k, lam_t, 1, 0.0), 1.0)
         r0 = h0 / h
         first = b / (2 * r0)  # weight of D1_0 = x0 - x0_prev at second order
     if order == 2:
         second = xp.where(use[1], first, 0.0)
         w = [b + second, -second, w[2]]
     if order == 3:
-        h1 = xp.where(use[2], past(k, h0, 1, 1.0), 1.0)
+        h1 = xp.where(use[2], table.past(k, h0, 1, 1.0), 1.0)
         r1 = h1 / h
         phi2 = gain / h - 1  # (e^{-h} - 1)/h + 1, negated
         phi3 = -phi2 / h - 0.5
@@ -88,3 +66,11 @@ def dpmpp(process: Process, grid: Any, order: int = 2, *, inverse: bool = False)
     return table.build(
         f"dpmpp({order})", k, u=(1.0, 0.0), qx=(ratio,), qd=tuple(w[1:order]), qn=w[0]
     )  # fmt: skip
+
+
+_MULTISTEP = "DPM-Solver++ multistep, data prediction"
+CARDS = {
+    "dpmpp_1": Card(table.options(dpmpp, order=1), "arXiv:2211.01095#Alg.2", _MULTISTEP, 1, 1, exact=("x0", "eps")),
+    "dpmpp_2m": Card(table.options(dpmpp, order=2), "arXiv:2211.01095#Alg.2", _MULTISTEP, 2, 1, exact=("x0",)),
+    "dpmpp_3m": Card(table.options(dpmpp, order=3), "arXiv:2211.01095#App.B", _MULTISTEP, 2, 1, exact=("x0",)),
+}
