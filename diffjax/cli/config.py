@@ -176,7 +176,7 @@ DIGITS = Train(
     model=Model("unet", width=16),
     process=Path("edm", sigma_min=0.02, sigma_max=40.0),
     objective=Objective(law_mean=-0.2, law_std=1.2),
-    training=Training(steps=7000, learning_rate=3e-3, augment="affine", sample_every=1750, save_every=1750),
+    training=Training(steps=9500, learning_rate=3e-3, augment="affine", sample_every=1900, save_every=1900),
 )
 PLANE = Train(
     model=Model("mlp", width=128, depth=3),

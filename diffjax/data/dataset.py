@@ -243,14 +243,14 @@ def from_arrays(
     licence: str = "not stated",
     low: Scalar = None,
     high: Scalar = None,
-    sizes: Mapping[str, int] | None = None,
+    splits: Mapping[str, np.ndarray] | None = None,
     fields: Mapping[str, np.ndarray] | None = None,
     skipped: tuple[str, ...] = (),
 ) -> Dataset:
     """A data set in memory with stratified splits, standardised by the mean and deviation of its train split.
 
     Args: x: [N, ...] channels last; uint8 stays, other numbers become float32.   label: [N] integers from 0.
-        sizes: of the splits other than train, default fractions `FRACTIONS`.   fields: further arrays [N, ...].
+        splits: name -> indices, default `split_indices` in the fractions `FRACTIONS`.   fields: further arrays [N, ...].
     Raises: DataError: too few items, fields of different length, NaN or infinity, negative labels.
 
     Example:
@@ -267,7 +267,7 @@ def from_arrays(
     count = len(labels) if labels else None
     if label is not None and count is None:
         count = int(arrays["label"].max(initial=-1)) + 1
-    splits = split_indices(len(x), arrays.get("label"), seed=seed, sizes=sizes)
+    splits = split_indices(len(x), arrays.get("label"), seed=seed) if splits is None else dict(splits)
     transform = fit_transform(x[splits["train"]], low, high)
     return Dataset(name, arrays, splits, transform, num_classes=count, labels=labels, licence=licence, skipped=skipped)
 

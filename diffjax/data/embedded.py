@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from diffjax.data.dataset import SPLITS, DataError, Dataset, fit_transform, from_arrays, permutation
+from diffjax.data.dataset import SPLITS, DataError, Dataset, fit_transform, from_arrays, permutation, split_indices
 
 DIGITS_SEED = 1797  # the splits of the digits never change, so that scores of different runs compare
 DIGITS_SIZES = {"test": 360, "classifier": 360, "validation": 80}  # and 997 to train on
@@ -14,11 +14,15 @@ BLOCK_SHARES = {"test": 0.17, "classifier": 0.17, "validation": 0.08}  # of the 
 def digits() -> Dataset:
     """The 1797 handwritten digits of scikit-learn, [8, 8, 1] with values 0..16, in fixed stratified splits.
 
-    997 train, 80 validation (chooses settings), 360 classifier (trains feature networks), 360 test (only scores).
+    997 train, 80 validation (chooses settings), 360 classifier (trains feature networks), 360 test (only scores). The first
+    360 drawn have chosen the settings of the digits job, so they are trained on, and the next ones of train only score.
     """
     from sklearn.datasets import load_digits
 
     raw = load_digits()
+    splits = split_indices(len(raw.target), raw.target, seed=DIGITS_SEED, sizes=DIGITS_SIZES)
+    seen, train = splits["test"], splits["train"]
+    splits |= {"test": train[: len(seen)], "train": np.concatenate([seen, train[len(seen) :]])}
     return from_arrays(
         raw.images[..., None],
         raw.target,
@@ -29,7 +33,7 @@ def digits() -> Dataset:
         "no licence for it; the UCI repository lists CC BY 4.0",
         low=0.0,
         high=16.0,
-        sizes=DIGITS_SIZES,
+        splits=splits,
     )
 
 

@@ -206,8 +206,8 @@ def test_help(call, argv):
 
 def test_train_help_shows_the_defaults_of_the_data_set(call):
     assert "--training.steps INT" in call("train", "--help").out
-    assert "default: 7000" in call("train", "digits", "--help").out
-    assert "default: 7000" not in call("train", "moons", "--help").out
+    assert "default: 9500" in call("train", "digits", "--help").out
+    assert "default: 9500" not in call("train", "moons", "--help").out
 
 
 def test_version_and_module(call):
