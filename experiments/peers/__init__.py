@@ -1,0 +1,1 @@
+"""Scripts that record what other libraries compute, so that tests can compare without them."""
