@@ -7,6 +7,7 @@ from diffjax.solvers import adams, multistep, onestep, runge_kutta
 from diffjax.solvers.adams import EPS, X0, V, exp_ab
 from diffjax.solvers.multistep import dpmpp
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
+from diffjax.solvers.plot import plot_table
 from diffjax.solvers.runge_kutta import edm_heun, heun
 from diffjax.solvers.table import compact, load_table, pad, save_table, stack
 from diffjax.types import Card
@@ -15,5 +16,5 @@ CATALOGUE: dict[str, Card] = {**onestep.CARDS, **runge_kutta.CARDS, **multistep.
 
 __all__ = [
     "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun", "euler", "exp_ab", "heun",
-    "load_table", "pad", "save_table", "stack",
+    "load_table", "pad", "plot_table", "save_table", "stack",
 ]  # fmt: skip
