@@ -3,18 +3,23 @@
 A family is a file, and its methods are the `CARDS` at the end of it.
 """
 
-from diffjax.solvers import adams, multistep, onestep, runge_kutta
+from diffjax.solvers import adams, multistep, onestep, runge_kutta, singlestep
 from diffjax.solvers.adams import EPS, X0, V, exp_ab
-from diffjax.solvers.multistep import dpmpp
+from diffjax.solvers.multistep import dpm_solver_sde, dpmpp, dpmpp_3m_exact
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.plot import plot_table
 from diffjax.solvers.runge_kutta import edm_heun, heun
+from diffjax.solvers.singlestep import dpm_solver_fast, exp_rk
 from diffjax.solvers.table import compact, load_table, pad, save_table, stack
 from diffjax.types import Card
 
-CATALOGUE: dict[str, Card] = {**onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS}
+CATALOGUE: dict[str, Card] = {
+    **onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **singlestep.CARDS
+}  # fmt: skip
 
 __all__ = [
     "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun", "euler", "exp_ab", "heun",
     "load_table", "pad", "plot_table", "save_table", "stack",
+    "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpm_solver_fast", "dpm_solver_sde", "dpmpp",
+    "dpmpp_3m_exact", "edm_heun", "euler", "exp_ab", "exp_rk", "heun", "load_table", "pad", "save_table", "stack",
 ]  # fmt: skip

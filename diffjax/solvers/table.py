@@ -185,10 +185,10 @@ def past(k: Nodes, column: Any, j: int, fill: Any) -> Any:
     return k.xp.concatenate([head, column[: max(n - j, 0)]])
 
 
-def interleave(xp: Any, first: Any, second: Any) -> Any:
-    """Rows a0 b0 a1 b1 ... of two arrays [n, ...]: the two stages of every step.   [2n, ...]"""
-    both = xp.stack([xp.asarray(first), xp.asarray(second)], axis=1)
-    return both.reshape((-1, *both.shape[2:]))
+def interleave(xp: Any, *stages: Any) -> Any:
+    """Rows a0 b0 ... a1 b1 ... of k arrays [n, ...]: the stages of every step.   [k n, ...]"""
+    rows = xp.stack([xp.asarray(s) for s in stages], axis=1)
+    return rows.reshape((-1, *rows.shape[2:]))
 
 
 def build(
