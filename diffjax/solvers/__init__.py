@@ -3,8 +3,9 @@
 A family is a file, and its methods are the `CARDS` at the end of it.
 """
 
-from diffjax.solvers import adams, multistep, onestep, runge_kutta, singlestep
+from diffjax.solvers import adams, adaptive, multistep, onestep, runge_kutta, singlestep
 from diffjax.solvers.adams import EPS, X0, V, exp_ab
+from diffjax.solvers.adaptive import dpm_adaptive, reported
 from diffjax.solvers.multistep import dpm_solver_sde, dpmpp, dpmpp_3m_exact
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.plot import plot_table
@@ -14,7 +15,7 @@ from diffjax.solvers.table import compact, load_table, pad, save_table, stack
 from diffjax.types import Card
 
 CATALOGUE: dict[str, Card] = {
-    **onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **singlestep.CARDS
+    **onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **singlestep.CARDS, **adaptive.CARDS
 }  # fmt: skip
 
 __all__ = [
@@ -22,4 +23,7 @@ __all__ = [
     "load_table", "pad", "plot_table", "save_table", "stack",
     "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpm_solver_fast", "dpm_solver_sde", "dpmpp",
     "dpmpp_3m_exact", "edm_heun", "euler", "exp_ab", "exp_rk", "heun", "load_table", "pad", "save_table", "stack",
+    "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpm_adaptive", "dpm_solver_fast", "dpm_solver_sde",
+    "dpmpp", "dpmpp_3m_exact", "edm_heun", "euler", "exp_ab", "exp_rk", "heun", "load_table", "pad", "reported", "save_table",
+    "stack",
 ]  # fmt: skip
