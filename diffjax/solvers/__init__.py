@@ -9,6 +9,12 @@ from diffjax.solvers.adaptive import dpm_adaptive, reported
 from diffjax.solvers.multistep import dpm_solver_sde, dpmpp, dpmpp_3m_exact
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.plot import plot_table
+from diffjax.solvers import adams, deis, lms, momentum, multistep, onestep, pndm, runge_kutta, unipc
+from diffjax.solvers.adams import EPS, LAMBDA, RHO, TIME, X0, V, exp_ab, exp_abm
+from diffjax.solvers.momentum import ghvb, heavy_ball
+from diffjax.solvers.multistep import dpmpp
+from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
+from diffjax.solvers.pndm import ipndm
 from diffjax.solvers.runge_kutta import edm_heun, heun
 from diffjax.solvers.singlestep import dpm_solver_fast, exp_rk
 from diffjax.solvers.table import compact, load_table, pad, save_table, stack
@@ -26,4 +32,11 @@ __all__ = [
     "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpm_adaptive", "dpm_solver_fast", "dpm_solver_sde",
     "dpmpp", "dpmpp_3m_exact", "edm_heun", "euler", "exp_ab", "exp_rk", "heun", "load_table", "pad", "reported", "save_table",
     "stack",
+    **onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **deis.CARDS, **lms.CARDS, **unipc.CARDS,
+    **pndm.CARDS, **momentum.CARDS,
+}  # fmt: skip
+
+__all__ = [
+    "CATALOGUE", "EPS", "LAMBDA", "RHO", "TIME", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun",
+    "euler", "exp_ab", "exp_abm", "ghvb", "heavy_ball", "heun", "ipndm", "load_table", "pad", "save_table", "stack",
 ]  # fmt: skip

@@ -51,7 +51,10 @@ def errors():
 @pytest.mark.parametrize("name", [*DETERMINISTIC, "edm_heun"])
 def test_measured_order_is_the_cards(name, errors):
     a, b = errors[name]
-    assert abs(np.log2(a / b) - CATALOGUE[name].order) < 0.15, (name, errors[name])
+    excess = np.log2(a / b) - CATALOGUE[name].order
+    assert excess > -0.15, (name, errors[name])
+    # "startup": the error of the first steps, which sets the order in the end, is not yet the largest one at 160 steps
+    assert (excess < 0.15) != ("startup" in CATALOGUE[name].flags), (name, errors[name])
 
 
 @pytest.mark.parametrize(("name", "kind"), [(n, k) for n in LINEAR for k in CATALOGUE[n].exact if k != "gaussian"])
