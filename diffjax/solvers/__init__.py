@@ -4,6 +4,7 @@ A family is a file, and its methods are the `CARDS` at the end of it.
 """
 
 from diffjax.solvers import adams, adaptive, multistep, onestep, runge_kutta, singlestep
+from diffjax.solvers import adams, dpm_v3, multistep, onestep, runge_kutta
 from diffjax.solvers.adams import EPS, X0, V, exp_ab
 from diffjax.solvers.adaptive import dpm_adaptive, reported
 from diffjax.solvers.multistep import dpm_solver_sde, dpmpp, dpmpp_3m_exact
@@ -23,6 +24,7 @@ from diffjax.types import Card
 CATALOGUE: dict[str, Card] = {
     **onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **singlestep.CARDS, **adaptive.CARDS
 }  # fmt: skip
+CATALOGUE: dict[str, Card] = {**onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **dpm_v3.CARDS}
 
 __all__ = [
     "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun", "euler", "exp_ab", "heun",

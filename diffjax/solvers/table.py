@@ -25,7 +25,10 @@ FORMAT = 1  # version of a saved table
 
 
 class Rows(NamedTuple):
-    """The coefficients of a linear solver; the leading axis of every leaf is the row, a second axis the register."""
+    """The coefficients of a linear solver; the leading axis of every leaf is the row, a second axis the register.
+
+    Further axes broadcast from the left against the state: `[n, p, 1, d]` is one coefficient per dimension of a `[B, d]`.
+    """
 
     t: Any  # [n, ...] time of evaluation
     px: Any  # [n, p, ...]
@@ -59,8 +62,9 @@ class Start:
     q: int
 
     def __call__(self, x: PyTree, constants: tuple = ()) -> Registers:
-        """The registers before the first row."""
-        return Registers((x,) * self.p, (jax.tree.map(jnp.zeros_like, x),) * self.q, tuple(constants))
+        """The registers before the first row; constants take the dtype of the state."""
+        fixed = tuple(jax.tree.map(lambda xi, c: jnp.asarray(c, xi.dtype), x, constant) for constant in constants)
+        return Registers((x,) * self.p, (jax.tree.map(jnp.zeros_like, x),) * self.q, fixed)
 
 
 def newest(state: Registers) -> PyTree:
@@ -208,23 +212,34 @@ def build(
     pz: Any = None,
     qz: Any = None,
     skip: Any = None,
+    pc: Any = (),
+    qc: Any = (),
+    constants: tuple = (),
 ) -> Solver:
     """A solver from columns; each is `[n]`, a number for all rows, or a tuple of such, one per register.
 
-    Columns that are left out are zero (noise columns: absent), `px` evaluates at the newest state, `t` at the start of each
-    step. `skip` marks rows that only copy the newest state: they are removed when the table is concrete.
+    A column may also be `[n, 1, *dims]`, one number per row and dimension. Columns that are left out are zero (noise
+    columns: absent), `px` evaluates at the newest state, `t` at the start of each step. `skip` marks rows that only copy
+    the newest state: they are removed when the table is concrete.
     Raises: ValueError: a coefficient is not finite, naming the method and the time.
     """
     xp = nodes.xp
     t = nodes.t if t is None else t
     n = t.shape[0]
-    column = lambda c: xp.broadcast_to(xp.asarray(c, t.dtype), (n,))
     flag = lambda c: np.broadcast_to(c, (n,)) if isinstance(c, (bool, np.ndarray)) else c
-    registers = lambda cs: xp.stack([column(c) for c in cs], axis=1) if cs else xp.zeros((n, 0), t.dtype)
+
+    def registers(cs: Any) -> Any:
+        """Columns side by side, [n, k, ...]; those of one number a row are repeated where others are per dimension."""
+        cs = [xp.asarray(c, t.dtype) for c in cs]
+        dims = np.broadcast_shapes(*(c.shape[1:] for c in cs))
+        full = [xp.broadcast_to(nu.expand(c, np.empty((n, *dims))), (n, *dims)) for c in cs]
+        return xp.stack(full, axis=1) if cs else xp.zeros((n, 0), t.dtype)
+
+    column = lambda c: registers((c,))[:, 0]
     px = (1.0, *(0.0,) * (len(qx) - 1)) if px is None else px
-    pd = pd or (0.0,) * len(qd)
+    pd, pc, qc = pd or (0.0,) * len(qd), pc or (0.0,) * len(constants), qc or (0.0,) * len(constants)
     rows = Rows(
-        t, registers(px), registers(pd), registers(()), registers(u), registers(qx), registers(qd), registers(()),
+        t, registers(px), registers(pd), registers(pc), registers(u), registers(qx), registers(qd), registers(qc),
         column(qn), flag(keep), flag(accept), *(None if c is None else column(c) for c in (noise, pz, qz)),
     )  # fmt: skip
     if xp is np:
@@ -238,7 +253,8 @@ def build(
                     "derivative of the process is zero or infinite there. Use a grid that stays off that end "
                     "(start= or stop= of times.*), or a method that keeps it finite, such as ddim"
                 )
-    return Solver(rows=rows, grid=nodes.grid, init=Start(len(qx), len(qd)), step=step, read=newest)
+    init = Start(len(qx), len(qd))
+    return Solver(rows=rows, grid=nodes.grid, constants=tuple(constants), init=init, step=step, read=newest)
 
 
 # --------------------------------------------------------------------------------------------- tables as values
@@ -302,14 +318,35 @@ def stack(solvers: list[Solver]) -> Solver:
     """Solvers of any size as one, with a leading axis to `jax.vmap` over: `vmap(sample, (None, None, 0, None))`.
 
     All tables are run to the length of the longest (rows that copy fill the shorter ones), so reverse mode works.
+    Tables without constants get the constants of the others, with coefficient zero.
     """
+    constants = max((s.constants for s in solvers), key=len)
+    solvers = [_with_constants(s, constants) for s in solvers]
     rows = max(s.evaluations for s in solvers)
     p = max(s.rows.px.shape[1] for s in solvers)
     q = max(s.rows.pd.shape[1] for s in solvers)
     noise = max(draws(s) for s in solvers)
     padded = [_idle(pad(s, rows, p, q, noise), s.evaluations) for s in solvers]
     xp = nu.namespace([s.rows for s in padded])
-    return jax.tree.map(lambda *leaves: xp.stack(leaves), *padded)
+
+    def side_by_side(*leaves: Any) -> Any:
+        rank = max(np.ndim(leaf) for leaf in leaves)
+        like = np.empty((1,) * rank)
+        leaves = [nu.expand(leaf, like) for leaf in leaves]  # one number a row beside one per dimension
+        return xp.stack([xp.broadcast_to(leaf, np.broadcast_shapes(*(np.shape(a) for a in leaves))) for leaf in leaves])
+
+    return jax.tree.map(side_by_side, *padded)
+
+
+def _with_constants(solver: Solver, constants: tuple) -> Solver:
+    """The solver with these constants after its own, which no row reads."""
+    r, k = solver.rows, len(constants) - len(solver.constants)
+    xp = nu.namespace(r)
+    wide = lambda c: xp.concatenate([c, xp.zeros((c.shape[0], k, *c.shape[2:]), c.dtype)], axis=1)
+    extra = constants[len(solver.constants) :]
+    return dataclasses.replace(
+        solver, rows=r._replace(pc=wide(r.pc), qc=wide(r.qc)), constants=(*solver.constants, *extra)
+    )
 
 
 def _idle(solver: Solver, n: int) -> Solver:
@@ -335,8 +372,9 @@ def expand_rows(a: Any, like: Any) -> Any:
 
 
 def save_table(path: str | pathlib.Path, solver: Solver) -> None:
-    """Write a table as `.npz`, float64, with its format version."""
+    """Write a table as `.npz`, float64, with its format version and its constants, which must be single arrays."""
     arrays = {k: np.asarray(v) for k, v in solver.rows._asdict().items() if v is not None}
+    arrays |= {f"constant_{i}": np.asarray(c) for i, c in enumerate(solver.constants)}
     with open(path, "wb") as f:  # np.savez would add a suffix to a path without one
         np.savez(f, format=FORMAT, grid=np.asarray(solver.grid), **arrays)
 
@@ -357,5 +395,7 @@ def load_table(path: str | pathlib.Path) -> Solver:
     if version > FORMAT:
         raise ValueError(f"{path} has table format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
     grid = arrays.pop("grid")
+    constants = tuple(arrays.pop(k) for k in sorted(k for k in arrays if k.startswith("constant_")))
     rows = Rows(**arrays)
-    return Solver(rows=rows, grid=grid, init=Start(rows.px.shape[1], rows.pd.shape[1]), step=step, read=newest)
+    init = Start(rows.px.shape[1], rows.pd.shape[1])
+    return Solver(rows=rows, grid=grid, constants=constants, init=init, step=step, read=newest)
