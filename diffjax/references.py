@@ -98,6 +98,12 @@ PAPERS: dict[str, Paper] = {
         2024, "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts"),
     "hairer1993": Paper("Hairer, Ernst and Norsett, Syvert P. and Wanner, Gerhard", 1993,
                         "Solving Ordinary Differential Equations I: Nonstiff Problems"),
+    "arXiv:2201.06503": Paper("Bao, Fan and Li, Chongxuan and Zhu, Jun and Zhang, Bo", 2022,
+                              "Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion Probabilistic Models"),
+    "arXiv:2309.05019": Paper("Xue, Shuchen and Yi, Mingyang and Luo, Weijian and Zhang, Shifeng and Sun, Jiacheng and Li, Zhenguo and Ma, Zhi-Ming",
+                              2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models"),
+    "arXiv:2310.13268": Paper("Zheng, Kaiwen and Lu, Cheng and Chen, Jianfei and Zhu, Jun", 2023,
+                              "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics"),
 }  # fmt: skip
 
 

@@ -18,7 +18,26 @@ from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.pndm import ipndm
 from diffjax.solvers.runge_kutta import edm_heun, heun
 from diffjax.solvers.singlestep import dpm_solver_fast, exp_rk
+from diffjax.solvers import adams, multistep, onestep, runge_kutta
+from diffjax.solvers import dpm_v3 as _dpm_v3
+from diffjax.solvers import sa as _sa
+from diffjax.solvers import variance as _variance
+from diffjax.solvers.adams import EPS, X0, V, exp_ab
+from diffjax.solvers.dpm_v3 import DATA, NOISE, dpm_v3
+from diffjax.solvers.multistep import dpmpp
+from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
+from diffjax.solvers.runge_kutta import edm_heun, edm_rk2, flow_heun, flow_midpoint, flow_rk4, heun
+from diffjax.solvers.sa import sa
+from diffjax.solvers.statistics import (
+    ModelStatistics,
+    NoiseMoment,
+    load_statistics,
+    model_statistics,
+    noise_moment,
+    save_statistics,
+)
 from diffjax.solvers.table import compact, load_table, pad, save_table, stack
+from diffjax.solvers.variance import analytic, ddpm_learned, fraction_of_aux, log_variance_of_aux
 from diffjax.types import Card
 
 CATALOGUE: dict[str, Card] = {
@@ -41,4 +60,18 @@ __all__ = [
 __all__ = [
     "CATALOGUE", "EPS", "LAMBDA", "RHO", "TIME", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun",
     "euler", "exp_ab", "exp_abm", "ghvb", "heavy_ball", "heun", "ipndm", "load_table", "pad", "save_table", "stack",
+    **onestep.CARDS,
+    **_variance.CARDS,
+    **runge_kutta.CARDS,
+    **multistep.CARDS,
+    **adams.CARDS,
+    **_dpm_v3.CARDS,
+    **_sa.CARDS,
+}
+
+__all__ = [
+    "CATALOGUE", "DATA", "EPS", "ModelStatistics", "NOISE", "NoiseMoment", "V", "X0", "analytic", "ancestral", "compact",
+    "ddim", "ddpm", "ddpm_learned", "dpm_v3", "dpmpp", "edm_heun", "edm_rk2", "euler", "exp_ab", "flow_heun",
+    "flow_midpoint", "flow_rk4", "fraction_of_aux", "heun", "load_statistics", "load_table", "log_variance_of_aux",
+    "model_statistics", "noise_moment", "pad", "sa", "save_statistics", "save_table", "stack",
 ]  # fmt: skip

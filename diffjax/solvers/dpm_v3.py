@@ -156,12 +156,13 @@ def _flow(k: table.Nodes, m: ModelStatistics) -> _Flow:
     inside = (middle[None] > low) & (middle[None] < high) & k.finite[:, None]
     owner, step = inside.astype(lam.dtype), xp.argmax(inside, axis=0)
     owned = inside.any(axis=0)[:, None, None]
+    share = owned.astype(lam.dtype)
     at_t, at_s = (_antiderivatives(xp, m, a) for a in (lam_t, lam_s))
     at_q = _antiderivatives(xp, m, lam)
     far = lambda i: xp.where(owned, at_q[i] - at_t[i][step][:, None], 0.0)
     to_l, to_s = far(0), far(1)
 
-    b = _between(xp, m.log_snr, m.b, lam) * xp.exp(-to_s) * owned
+    b = _between(xp, m.log_snr, m.b, lam) * xp.exp(-to_s) * share
     panel = half[:, None] * (gauss[None, :, None] * b).sum(axis=1)  # [P, E]
     same = xp.tril((owner.T @ owner), -1)  # [P, P]: earlier panels of the same step
     bias = owner @ panel
@@ -170,7 +171,7 @@ def _flow(k: table.Nodes, m: ModelStatistics) -> _Flow:
     inner = half[:, None, None] * xp.einsum("qr,pre->pqe", running, b)
     inner = (same @ panel)[:, None] + inner - origin[step][:, None]
     sign = xp.where(up, 1.0, -1.0)
-    measure = (sign[step] * half[:, None])[..., None] * gauss[None, :, None] * xp.exp(to_l + to_s) * owned
+    measure = (sign[step] * half[:, None])[..., None] * gauss[None, :, None] * xp.exp(to_l + to_s) * share
     shrink = xp.where(k.finite[:, None], xp.exp(at_t[0] - at_s[0]), 0.0)
     alpha_t = xp.where(k.alpha_t > 0, k.alpha_t, 1.0)
     return _Flow(

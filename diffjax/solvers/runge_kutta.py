@@ -1,8 +1,10 @@
-"""Heun's method in sigma / alpha and its stochastic form with churn."""
+"""Runge-Kutta methods: of second order in sigma / alpha, with churn too, and explicit ones in t on the probability flow."""
 
 from __future__ import annotations
 
 from typing import Any
+
+import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
@@ -96,7 +98,122 @@ def _heun(name: str, k: table.Nodes, t: Any, alpha: Any, sigma: Any, start: tupl
     )  # fmt: skip
 
 
+def edm_rk2(process: Process, grid: Any, alpha: Any = 0.5, *, inverse: bool = False) -> Solver:
+    """The second-order Runge-Kutta methods of `d(x / alpha) = eps d(sigma / alpha)`; two evaluations a step.
+
+    x_s / alpha_s = x_t / alpha_t + (r_s - r_t) ((1 - 1 / (2 a)) eps_t + 1 / (2 a) eps_m),   r = sigma / alpha
+    at r_m = r_t + a (r_s - r_t): a = 1 is `heun`, 1/2 the midpoint method, 2/3 Ralston's. With a < 1 the step to sigma = 0
+    is of second order too. A step that begins or ends at alpha = 0 is `ddim`.
+
+    Args: process: Gaussian.   grid: [n + 1].   alpha: the place of the second evaluation, in (0, 1].   inverse: the grid
+    increases.
+    Returns: a table of at most 2 n rows, one state, one value.
+    Raises: ValueError: bad grid or alpha.
+    Reference: Karras et al. 2022, arXiv:2206.00364, Algorithm 3.
+    """
+    if nu.namespace(alpha) is np and not 0 < float(alpha) <= 1:
+        raise ValueError(f"alpha, the place of the second evaluation in the step, must be in (0, 1]; got {alpha}")
+    k = table.nodes(process, grid, inverse, alpha)
+    xp = k.xp
+    usable = (k.alpha_t > 0) & (k.alpha_s > 0) & (k.finite | (alpha < 1))
+    a_t, a_s, s_t, s_s = (xp.where(usable, c, 1.0) for c in (k.alpha_t, k.alpha_s, k.sigma_t, k.sigma_s))
+    rise = xp.where(usable, s_s / a_s - s_t / a_t, -0.5)
+    t_m = xp.where(usable, process.time_of_log_snr(-xp.log(s_t / a_t + alpha * rise)), k.s)
+    a_m = xp.where(usable, process.alpha(t_m), 1.0)
+    both, zero = lambda a, b: table.interleave(xp, a, b), xp.zeros_like(rise)
+    first = lambda a, b: xp.where(usable, a, b)
+    return table.build(
+        "edm_rk2", k,
+        t=both(k.t, t_m),
+        u=(both(first(0.0, k.alpha_s), zero), both(first(1.0, k.sigma_s), zero + 1)),
+        qx=(both(first(a_m / a_t, 0.0), first(a_s / a_m, 1.0)),),
+        qd=(both(zero, first(a_s * rise * (1 - 1 / (2 * alpha) - alpha), 0.0)),),
+        qn=both(first(a_m * alpha * rise, 1.0), first(a_s * rise / (2 * alpha), 0.0)),
+        accept=both(~usable, usable),
+        skip=both(~usable & False, ~usable),
+    )  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------- methods in t
+
+# Butcher tableaus: a[i][j] weighs stage j in the point of stage i, which is at c_i = sum_j a[i][j]; b weighs the stages.
+MIDPOINT = ((), (1 / 2,)), (0, 1)
+TRAPEZOID = ((), (1,)), (1 / 2, 1 / 2)
+CLASSIC = ((), (1 / 2,), (0, 1 / 2), (0, 0, 1)), (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+
+
+def flow_midpoint(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
+    """The midpoint method on the probability-flow ODE in t; two evaluations a step.   x_s = x_t + (s - t) u_m
+
+    u = alpha' x0 + sigma' eps,  u_m = u(x_t + (s - t) / 2 u_t, (t + s) / 2)
+
+    Args: process: Gaussian; the natural one is rectified flow, which runs from t = 1 to t = 0.   grid: [n + 1].   inverse:
+    the grid increases.
+    Returns: a table of 2 n rows, one state, one value.
+    Raises: ValueError: bad grid, or an evaluation where alpha' or sigma' is infinite (for this method at the start of a step).
+    Reference: Lipman et al. 2023, arXiv:2210.02747, Section 6.
+    """
+    return _explicit("flow_midpoint", process, grid, MIDPOINT, inverse)
+
+
+def flow_heun(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
+    """Heun's method on the probability-flow ODE in t; two evaluations a step.   x_s = x_t + (s - t) (u_t + u_s) / 2
+
+    Args, Returns, Raises: as `flow_midpoint`; the end of a step is evaluated too, which excludes t = 0 where sigma' is
+    infinite (`vp`): use `heun` there, or stop above 0.
+    Reference: Liu et al. 2023, arXiv:2209.03003, Section 5.
+    """
+    return _explicit("flow_heun", process, grid, TRAPEZOID, inverse)
+
+
+def flow_rk4(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
+    """The classic fourth-order Runge-Kutta method on the probability-flow ODE in t; four evaluations a step.
+
+    x_s = x_t + (s - t) (u_1 + 2 u_2 + 2 u_3 + u_4) / 6, with u_2 and u_3 at the middle of the step and u_4 at its end
+
+    Args, Returns, Raises: as `flow_heun`, with 4 n rows and three values.
+    Reference: Lipman et al. 2023, arXiv:2210.02747, Section 6.
+
+    Example:
+        >>> from diffjax import processes, times
+        >>> flow_rk4(processes.rectified(), times.uniform(3)).evaluations
+        12
+    """
+    return _explicit("flow_rk4", process, grid, CLASSIC, inverse)
+
+
+def _explicit(name: str, process: Process, grid: Any, tableau: tuple, inverse: bool) -> Solver:
+    """An explicit Runge-Kutta method in t: one row a stage, of which the last one moves the state."""
+    a, b = tableau
+    k = table.nodes(process, grid, inverse)
+    xp = k.xp
+    h, stages = k.s - k.t, len(b)
+    each = lambda columns: xp.stack([xp.asarray(c, h.dtype) + 0 * h for c in columns], axis=1).reshape(-1)
+    t = each([k.s if sum(row) == 1 else k.t + sum(row) * h for row in a])
+    weight = lambda row, j: row[j] if 0 <= j < len(row) else 0.0
+    stage = range(stages)
+    last = np.arange(stages * h.shape[0]) % stages == stages - 1
+    return table.build(
+        name, k, t=t,
+        pd=tuple(each([weight(a[i], i - 1 - j) * h for i in stage]) for j in range(stages - 1)),
+        u=(process.dalpha(t), process.dsigma(t)),
+        qx=(1.0,),
+        qd=tuple(each([weight(b, i - 1 - j) * h if i == stages - 1 else 0.0 for i in stage]) for j in range(stages - 1)),
+        qn=each([b[-1] * h if i == stages - 1 else 0.0 for i in stage]),
+        accept=last,
+    )  # fmt: skip
+
+
 CARDS = {
     "heun": Card(heun, "arXiv:2206.00364#Alg.1", "Heun in sigma / alpha", 2, 2, exact=("eps",)),
+    "edm_rk2": Card(edm_rk2, "arXiv:2206.00364#Alg.3", "second-order Runge-Kutta in sigma / alpha", 2, 2, exact=("eps",)),
     "edm_heun": Card(edm_heun, "arXiv:2206.00364#Alg.2", "Heun with EDM's churn", 2, 2, noise=True),
-}
+    "flow_midpoint": Card(flow_midpoint, "arXiv:2210.02747#Sec.6", "midpoint in t on the probability flow", 2, 2),
+    "flow_heun": Card(
+        flow_heun, "arXiv:2209.03003#Sec.5", "Heun in t on the probability flow", 2, 2, flags=("finite_velocity",)
+    ),
+    "flow_rk4": Card(
+        flow_rk4, "arXiv:2210.02747#Sec.6", "classic Runge-Kutta in t on the probability flow", 4, 4,
+        flags=("finite_velocity",),
+    ),
+}  # fmt: skip
