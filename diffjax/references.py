@@ -104,6 +104,13 @@ PAPERS: dict[str, Paper] = {
                               2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models"),
     "arXiv:2310.13268": Paper("Zheng, Kaiwen and Lu, Cheng and Chen, Jianfei and Zhu, Jun", 2023,
                               "DPM-Solver-v3: Improved Diffusion ODE Solver with Empirical Model Statistics"),
+    "arXiv:2302.04867": Paper("Zhao, Wenliang and Bai, Lujia and Rao, Yongming and Zhou, Jie and Lu, Jiwen", 2023,
+                              "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models"),
+    "arXiv:2309.10438": Paper("Li, Lijiang and others", 2023,
+                              "AutoDiffusion: Training-Free Optimization of Time Steps and Architectures for Automated Diffusion Model Acceleration"),
+    "arXiv:2309.11497": Paper("Si, Chenyang and Huang, Ziqi and Jiang, Yuming and Liu, Ziwei", 2024, "FreeU: Free Lunch in Diffusion U-Net"),
+    "arXiv:2312.07243": Paper("Liu, Enshu and Ning, Xuefei and Yang, Huazhong and Wang, Yu", 2024,
+                              "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models"),
 }  # fmt: skip
 
 

@@ -13,6 +13,10 @@ from diffjax.solvers.plot import plot_table
 from diffjax.solvers import adams, deis, lms, momentum, multistep, onestep, pndm, runge_kutta, unipc
 from diffjax.solvers.adams import EPS, LAMBDA, RHO, TIME, X0, V, exp_ab, exp_abm
 from diffjax.solvers.momentum import ghvb, heavy_ball
+from diffjax.solvers import adams, multistep, onestep, runge_kutta
+from diffjax.solvers import unified as _unified
+from diffjax.solvers.adams import EPS, X0, V, exp_ab
+from diffjax.solvers.learn import Problems, from_table, learn, save_learned
 from diffjax.solvers.multistep import dpmpp
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.pndm import ipndm
@@ -74,4 +78,15 @@ __all__ = [
     "ddim", "ddpm", "ddpm_learned", "dpm_v3", "dpmpp", "edm_heun", "edm_rk2", "euler", "exp_ab", "flow_heun",
     "flow_midpoint", "flow_rk4", "fraction_of_aux", "heun", "load_statistics", "load_table", "log_variance_of_aux",
     "model_statistics", "noise_moment", "pad", "sa", "save_statistics", "save_table", "stack",
+from diffjax.solvers.search import evolve, predict_and_search, score_tables
+from diffjax.solvers.table import compact, load_table, pad, save_table, stack
+from diffjax.solvers.unified import Decisions, unified
+from diffjax.types import Card
+
+CATALOGUE: dict[str, Card] = {**onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **_unified.CARDS}
+
+__all__ = [
+    "CATALOGUE", "EPS", "Decisions", "Problems", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun",
+    "euler", "evolve", "exp_ab", "from_table", "heun", "learn", "load_table", "pad", "predict_and_search", "save_learned",
+    "save_table", "score_tables", "stack", "unified",
 ]  # fmt: skip

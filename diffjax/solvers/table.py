@@ -10,7 +10,9 @@ x+ is pushed on X; d is pushed on D where `keep` says so. Coefficients are float
 from __future__ import annotations
 
 import dataclasses
+import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +24,7 @@ from diffjax.numerics import PyTree
 from diffjax.types import Noise, Process, Solver
 
 FORMAT = 1  # version of a saved table
+ABOUT = "about"  # the entry of a saved table that is text
 
 
 class Rows(NamedTuple):
@@ -371,12 +374,21 @@ def expand_rows(a: Any, like: Any) -> Any:
     return a.reshape(a.shape + (1,) * (like.ndim - a.ndim))
 
 
-def save_table(path: str | pathlib.Path, solver: Solver) -> None:
-    """Write a table as `.npz`, float64, with its format version and its constants, which must be single arrays."""
+def save_table(path: str | pathlib.Path, solver: Solver, about: Mapping[str, Any] | None = None) -> None:
+    """Write a table as `.npz`, float64: its format version, its constants, which must be single arrays, and what is to be
+    known `about` it, as JSON.
+    """
     arrays = {k: np.asarray(v) for k, v in solver.rows._asdict().items() if v is not None}
     arrays |= {f"constant_{i}": np.asarray(c) for i, c in enumerate(solver.constants)}
+    text = {} if about is None else {ABOUT: np.asarray(json.dumps(dict(about)))}
     with open(path, "wb") as f:  # np.savez would add a suffix to a path without one
-        np.savez(f, format=FORMAT, grid=np.asarray(solver.grid), **arrays)
+        np.savez(f, format=FORMAT, grid=np.asarray(solver.grid), **arrays, **text)
+
+
+def load_about(path: str | pathlib.Path) -> dict[str, Any]:
+    """What `save_table` was told about a table; empty if nothing.   Raises: ValueError: as `load_table`."""
+    text = _read(path).get(ABOUT)
+    return {} if text is None else json.loads(str(text))
 
 
 def load_table(path: str | pathlib.Path) -> Solver:
@@ -384,6 +396,17 @@ def load_table(path: str | pathlib.Path) -> Solver:
 
     Raises: ValueError: not a table, or written by a newer version of diffjax.
     """
+    arrays = _read(path)
+    arrays.pop(ABOUT, None)
+    grid = arrays.pop("grid")
+    constants = tuple(arrays.pop(f"constant_{i}") for i in range(arrays["pc"].shape[1]) if f"constant_{i}" in arrays)
+    rows = Rows(**arrays)
+    init = Start(rows.px.shape[1], rows.pd.shape[1])
+    return Solver(rows=rows, grid=grid, constants=constants, init=init, step=step, read=newest)
+
+
+def _read(path: str | pathlib.Path) -> dict[str, np.ndarray]:
+    """The arrays of a saved table, without its version."""
     try:
         with np.load(path, allow_pickle=False) as f:
             arrays = dict(f)
@@ -394,8 +417,4 @@ def load_table(path: str | pathlib.Path) -> Solver:
         raise ValueError(f"{path} is not a solver table written by save_table; it holds {sorted(arrays)}")
     if version > FORMAT:
         raise ValueError(f"{path} has table format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
-    grid = arrays.pop("grid")
-    constants = tuple(arrays.pop(k) for k in sorted(k for k in arrays if k.startswith("constant_")))
-    rows = Rows(**arrays)
-    init = Start(rows.px.shape[1], rows.pd.shape[1])
-    return Solver(rows=rows, grid=grid, constants=constants, init=init, step=step, read=newest)
+    return arrays
