@@ -111,6 +111,11 @@ PAPERS: dict[str, Paper] = {
     "arXiv:2309.11497": Paper("Si, Chenyang and Huang, Ziqi and Jiang, Yuming and Liu, Ziwei", 2024, "FreeU: Free Lunch in Diffusion U-Net"),
     "arXiv:2312.07243": Paper("Liu, Enshu and Ning, Xuefei and Yang, Huazhong and Wang, Yu", 2024,
                               "A Unified Sampling Framework for Solver Searching of Diffusion Probabilistic Models"),
+    "arXiv:1907.05600": Paper("Song, Yang and Ermon, Stefano", 2019, "Generative Modeling by Estimating Gradients of the Data Distribution"),
+    "arXiv:2001.01328": Paper("Li, Xuechen and Wong, Ting-Kam Leonard and Chen, Ricky T. Q. and Duvenaud, David", 2020,
+                              "Scalable Gradients for Stochastic Differential Equations"),
+    "doi:10.1137/09076636X": Paper("Roessler, Andreas", 2010,
+                                   "Runge-Kutta Methods for the Strong Approximation of Solutions of Stochastic Differential Equations"),
 }  # fmt: skip
 
 

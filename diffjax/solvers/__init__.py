@@ -17,6 +17,10 @@ from diffjax.solvers import adams, multistep, onestep, runge_kutta
 from diffjax.solvers import unified as _unified
 from diffjax.solvers.adams import EPS, X0, V, exp_ab
 from diffjax.solvers.learn import Problems, from_table, learn, save_learned
+from diffjax.solvers import adams, corrector, multistep, onestep, runge_kutta, sde
+from diffjax.solvers.adams import EPS, X0, V, exp_ab
+from diffjax.solvers.brownian import brownian
+from diffjax.solvers.corrector import predictor_corrector
 from diffjax.solvers.multistep import dpmpp
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.pndm import ipndm
@@ -40,6 +44,7 @@ from diffjax.solvers.statistics import (
     noise_moment,
     save_statistics,
 )
+from diffjax.solvers.sde import annealed_langevin, euler_maruyama, langevin, reverse_diffusion, sra1
 from diffjax.solvers.table import compact, load_table, pad, save_table, stack
 from diffjax.solvers.variance import analytic, ddpm_learned, fraction_of_aux, log_variance_of_aux
 from diffjax.types import Card
@@ -89,4 +94,11 @@ __all__ = [
     "CATALOGUE", "EPS", "Decisions", "Problems", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun",
     "euler", "evolve", "exp_ab", "from_table", "heun", "learn", "load_table", "pad", "predict_and_search", "save_learned",
     "save_table", "score_tables", "stack", "unified",
+    **onestep.CARDS, **runge_kutta.CARDS, **multistep.CARDS, **adams.CARDS, **sde.CARDS, **corrector.CARDS,
+}  # fmt: skip
+
+__all__ = [
+    "CATALOGUE", "EPS", "V", "X0", "ancestral", "annealed_langevin", "brownian", "compact", "ddim", "ddpm", "dpmpp", "edm_heun",
+    "euler", "euler_maruyama", "exp_ab", "heun", "langevin", "load_table", "pad", "predictor_corrector", "reverse_diffusion",
+    "save_table", "sra1", "stack",
 ]  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
-from diffjax.types import Noise, Process, Solver
+from diffjax.types import Process, Solver
 
 FORMAT = 1  # version of a saved table
 ABOUT = "about"  # the entry of a saved table that is text
@@ -75,8 +75,14 @@ def newest(state: Registers) -> PyTree:
     return state.x[0]
 
 
-def step(noise: Noise, denoiser: Any, carry: Any, row: Rows) -> Any:
-    """Apply one row; see the module docstring."""
+def step(noise: Any, denoiser: Any, carry: Any, row: Rows) -> Any:
+    """Apply one row; see the module docstring. `noise` is a `Noise`, or whatever has its `draw`."""
+    z, d, model_state = value(noise, denoiser, carry, row)
+    return push(noise, carry[0], row, z, d), model_state
+
+
+def value(noise: Any, denoiser: Any, carry: Any, row: Rows) -> tuple[Any, PyTree, PyTree]:
+    """The first two lines of a row: z, the value d, and the denoiser's next state."""
     (xs, ds, cs), model_state = carry
     like = xs[0]
     if row.pz is None:
@@ -86,7 +92,12 @@ def step(noise: Noise, denoiser: Any, carry: Any, row: Rows) -> Any:
         z = jax.lax.cond(shared, lambda: noise.draw(like, 0), lambda: jax.tree.map(jnp.zeros_like, like))
     y = _combine((row.px, xs), (row.pd, ds), (row.pc, cs), z=(row.pz, z))
     prediction, model_state, _ = denoiser.evaluate(y, row.t, state=model_state)
-    d = nu.add(nu.scale(row.u[0], prediction.x0), nu.scale(row.u[1], prediction.eps))
+    return z, nu.add(nu.scale(row.u[0], prediction.x0), nu.scale(row.u[1], prediction.eps)), model_state
+
+
+def push(noise: Any, state: Registers, row: Rows, z: Any, d: PyTree) -> Registers:
+    """The last line of a row: the new state and the value, pushed on their registers."""
+    xs, ds, cs = state
     new = nu.add(_combine((row.qx, xs), (row.qd, ds), (row.qc, cs), z=(row.qz, z)), nu.scale(row.qn, d))
     if row.noise is not None:  # else not even the program that draws is compiled
         new = jax.lax.cond(
@@ -96,7 +107,7 @@ def step(noise: Noise, denoiser: Any, carry: Any, row: Rows) -> Any:
             new,
         )
     pushed = tuple(nu.tree_where(row.keep, a, b) for a, b in zip((d, *ds[:-1]), ds, strict=True)) if ds else ()
-    return Registers((new, *xs[:-1]), pushed, cs), model_state
+    return Registers((new, *xs[:-1]), pushed, cs)
 
 
 def _combine(*parts: tuple[Any, tuple], z: tuple[Any, Any]) -> PyTree:
