@@ -21,6 +21,7 @@ from diffjax.solvers import adams, corrector, multistep, onestep, runge_kutta, s
 from diffjax.solvers.adams import EPS, X0, V, exp_ab
 from diffjax.solvers.brownian import brownian
 from diffjax.solvers.corrector import predictor_corrector
+from diffjax.solvers.integrate import integrate
 from diffjax.solvers.multistep import dpmpp
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.pndm import ipndm
@@ -99,6 +100,6 @@ __all__ = [
 
 __all__ = [
     "CATALOGUE", "EPS", "V", "X0", "ancestral", "annealed_langevin", "brownian", "compact", "ddim", "ddpm", "dpmpp", "edm_heun",
-    "euler", "euler_maruyama", "exp_ab", "heun", "langevin", "load_table", "pad", "predictor_corrector", "reverse_diffusion",
+    "euler", "euler_maruyama", "exp_ab", "heun", "integrate", "langevin", "load_table", "pad", "predictor_corrector", "reverse_diffusion",
     "save_table", "sra1", "stack",
 ]  # fmt: skip
