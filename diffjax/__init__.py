@@ -5,8 +5,10 @@ __version__ = "0.1.0"
 import importlib
 from typing import Any
 
-from diffjax import guidance, losses, processes, solvers, testing, times, types
+from diffjax import guidance, losses, processes, solvers, starts, testing, times, types
 from diffjax.guidance import chain
+from diffjax.likelihood import bits_per_dim, log_density
+from diffjax.parallel import sample_parallel
 from diffjax.prediction import denoiser, from_edm, from_eps, from_score, from_v, from_velocity, from_x0
 from diffjax.references import cite
 from diffjax.sampling import sample, sample_chunks
@@ -37,6 +39,7 @@ __all__ = [
     "Prediction",
     "Process",
     "Solver",
+    "bits_per_dim",
     "chain",
     "cite",
     "denoiser",
@@ -48,11 +51,14 @@ __all__ = [
     "from_x0",
     "guidance",
     "load",
+    "log_density",
     "losses",
     "processes",
     "sample",
     "sample_chunks",
+    "sample_parallel",
     "solvers",
+    "starts",
     "testing",
     "times",
     "types",

@@ -116,6 +116,20 @@ PAPERS: dict[str, Paper] = {
                               "Scalable Gradients for Stochastic Differential Equations"),
     "doi:10.1137/09076636X": Paper("Roessler, Andreas", 2010,
                                    "Runge-Kutta Methods for the Strong Approximation of Solutions of Stochastic Differential Equations"),
+    "arXiv:1511.01844": Paper("Theis, Lucas and van den Oord, Aaron and Bethge, Matthias", 2016,
+                              "A note on the evaluation of generative models"),
+    "arXiv:1810.01367": Paper("Grathwohl, Will and Chen, Ricky T. Q. and Bettencourt, Jesse and Sutskever, Ilya and Duvenaud, David", 2019,
+                              "FFJORD: Free-form Continuous Dynamics for Scalable Reversible Generative Models"),
+    "arXiv:2206.05173": Paper("Franzese, Giulio and Rossi, Simone and Yang, Lixuan and Finamore, Alessandro and Rossi, Dario and Filippone, "
+                              "Maurizio and Michiardi, Pietro", 2023,
+                              "How Much is Enough? A Study on Diffusion Times in Score-based Generative Models"),
+    "arXiv:2305.16317": Paper("Shih, Andy and Belkhale, Suneel and Ermon, Stefano and Sadigh, Dorsa and Anari, Nima", 2023,
+                              "Parallel Sampling of Diffusion Models"),
+    "arXiv:2311.15744": Paper("Hu, Minghui and Zheng, Jianbin and Zheng, Chuanxia and Wang, Chaoyue and Tao, Dacheng and Cham, Tat-Jen", 2024,
+                              "One More Step: A Versatile Plug-and-Play Module for Rectifying Diffusion Schedule Flaws and Enhancing "
+                              "Low-Frequency Controls"),
+    "arXiv:2406.15735": Paper("Zhao, Min and Zhu, Hongzhou and Xiang, Chendong and Zheng, Kaiwen and Li, Chongxuan and Zhu, Jun", 2024,
+                              "Identifying and Solving Conditional Image Leakage in Image-to-Video Diffusion Model"),
 }  # fmt: skip
 
 
