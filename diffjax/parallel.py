@@ -156,7 +156,7 @@ def _spread(process: Process, solver: Solver) -> Any:
     gap = xp.abs(lam[1:] - lam[:-1])
     enters = process.sigma(grid[1:]) * nu.safe_sqrt(-xp.expm1(-2 * gap), xp)
     accept = solver.rows.accept
-    step = nu.namespace(accept).cumsum(accept) - accept  # accepted rows before this one
+    step = accept.astype(int).cumsum() - accept.astype(int)  # accepted rows before this one
     return enters[(step - 1).clip(0, enters.shape[0] - 1)]
 
 

@@ -162,7 +162,7 @@ def one_more_step(
         )
     if not 0 <= eta <= 1:
         raise ValueError(f"eta, the share of new noise, must be in [0, 1]; got {eta}")
-    k_start, k_noise = jax.random.split(key)
+    k_start, k_noise = (jax.random.fold_in(key, i) for i in range(2))
     x = psi.process.prior(k_start, shape, items=items)
     x0 = psi(x, 1.0).x0
     items = jnp.arange(nu.batch_size(x)) if items is None else items
