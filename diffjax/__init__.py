@@ -6,6 +6,7 @@ import importlib
 from typing import Any
 
 from diffjax import guidance, losses, processes, solvers, starts, testing, times, types
+from diffjax.adjoint import adjoint_sample
 from diffjax.guidance import chain
 from diffjax.likelihood import bits_per_dim, log_density
 from diffjax.parallel import sample_parallel
@@ -40,6 +41,7 @@ __all__ = [
     "Process",
     "Solver",
     "bits_per_dim",
+    "adjoint_sample",
     "chain",
     "cite",
     "denoiser",

@@ -130,6 +130,19 @@ PAPERS: dict[str, Paper] = {
                               "Low-Frequency Controls"),
     "arXiv:2406.15735": Paper("Zhao, Min and Zhu, Hongzhou and Xiang, Chendong and Zheng, Kaiwen and Li, Chongxuan and Zhu, Jun", 2024,
                               "Identifying and Solving Conditional Image Leakage in Image-to-Video Diffusion Model"),
+    "arXiv:2210.05559": Paper("Wu, Chen Henry and De la Torre, Fernando", 2022,
+                              "Unifying Diffusion Models' Latent Space, with Applications to CycleDiffusion and Guidance"),
+    "arXiv:2211.12446": Paper("Wallace, Bram and Gokul, Akash and Naik, Nikhil", 2023,
+                              "EDICT: Exact Diffusion Inversion via Coupled Transformations"),
+    "arXiv:2304.06140": Paper("Huberman-Spiegelglas, Inbar and Kulikov, Vladimir and Michaeli, Tomer", 2024,
+                              "An Edit Friendly DDPM Noise Space: Inversion and Manipulations"),
+    "arXiv:2307.10711": Paper("Pan, Jiachun and Liew, Jun Hao and Tan, Vincent Y. F. and Feng, Jiashi and Yan, Hanshu", 2024,
+                              "AdjointDPM: Adjoint Sensitivity Method for Gradient Backpropagation of Diffusion Probabilistic Models"),
+    "arXiv:2307.10829": Paper("Zhang, Guoqiang and Lewis, J. P. and Kleijn, W. Bastiaan", 2024,
+                              "Exact Diffusion Inversion via Bidirectional Integration Approximation"),
+    "arXiv:2410.07273": Paper("Wang, Fangyikang and Yin, Hubery and Dong, Yuejiang and Zhu, Huminhao and Zhang, Chao and Zhao, Hanbin "
+                              "and Qian, Hui and Li, Chen",
+                              2024, "BELM: Bidirectional Explicit Linear Multi-step Sampler for Exact Inversion in Diffusion Models"),
 }  # fmt: skip
 
 

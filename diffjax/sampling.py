@@ -13,9 +13,10 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
+from diffjax.solvers import dense
 from diffjax.types import UNBOUND, Denoiser, Key, Noise, Solver
 
-MEMORY = ("plain", "checkpoint", "nested")
+MEMORY = ("plain", "checkpoint", "nested", "reversible")
 
 
 class Trajectory(NamedTuple):
@@ -46,10 +47,12 @@ def sample(
     leaves (bfloat16 is raised to float32).   items: [B] global item indices that noise is drawn from, default arange(B).
     keep: True for the state at every grid point, or a function of the state that is kept instead.   on_step: host function
     `(row, rows, t)` called after every row, under jit too.   memory: for gradients; 'plain' stores every residual,
-    'checkpoint' one state a step, 'nested' about 2 sqrt(n) states.   return_state: also return the denoiser's last state.
+    'checkpoint' one state a step, 'nested' about 2 sqrt(n) states, 'reversible' none: the states of a reversible solver are
+    computed back from the last one (not with keep, on_step or a stateful denoiser).   return_state: also return the
+    denoiser's last state.
     Returns: x at the end of the grid; with `keep` a pair `(x, Trajectory)`; with `return_state` the state as last entry.
     Raises: ValueError: empty or ragged batch, integer state, condition or items of another batch size, unknown memory,
-    gradients asked of a padded solver.
+    gradients asked of a padded solver, memory='reversible' of a solver that cannot be undone or with what it excludes.
 
     Example:
         >>> import diffjax
@@ -68,8 +71,12 @@ def sample(
         raise ValueError(f"items must hold one global index per item, shape ({batch},); got {items.shape}")
     denoiser = dataclasses.replace(denoiser, cond=_batched_cond(denoiser.cond, batch))
     dtype = jnp.result_type(*jax.tree.leaves(x))
-    rows = jax.tree.map(lambda r: _cast(r, dtype), solver.rows)
+    rows = cast_rows(solver.rows, dtype)
     n = solver.evaluations
+    if memory == "reversible":
+        _check_reversible(denoiser, solver, x, dtype, keep is not False or on_step is not None)
+        end = solver.read(dense.run(denoiser, rows, solver.init(x, solver.constants)))
+        return (end, ()) if return_state else end
     origin = Noise.at(nu.item_keys(key, items), jnp.zeros((), jnp.int32))
 
     def body(carry: Any, i: Any, row: Any) -> Any:
@@ -100,7 +107,7 @@ def sample(
     (state, model_state), kept, _ = carry
     out = (solver.read(state),)
     if keep is not False:
-        out += (Trajectory(_cast(solver.grid, dtype), kept),)
+        out += (Trajectory(cast_rows(solver.grid, dtype), kept),)
     if return_state:
         out += (model_state,)
     return out if len(out) > 1 else out[0]
@@ -124,6 +131,18 @@ def _scan(body: Callable[..., Any], carry: Any, xs: Any, memory: str) -> Any:
     return jax.lax.scan(step, carry, tail)[0]
 
 
+def _check_reversible(denoiser: Denoiser, solver: Solver, x: PyTree, dtype: Any, watched: bool) -> None:
+    if watched:
+        raise ValueError(
+            "memory='reversible' stores no states: keep and on_step need another memory, such as 'checkpoint'"
+        )
+    if solver.count is not None:
+        raise ValueError("a padded solver has no gradient; pass the table itself with memory='reversible'")
+    dense.check_reversible(denoiser.process, solver, dtype)
+    if jax.tree.leaves(denoiser.init_state(x)):
+        raise ValueError("the denoiser carries a state, which cannot be undone; use memory='checkpoint'")
+
+
 def _kept(keep: Any, x: PyTree) -> PyTree:
     return x if keep is True else jax.tree.map(jnp.asarray, keep(x))
 
@@ -135,10 +154,10 @@ def _state_leaf(leaf: Any) -> jax.Array:
     return leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf
 
 
-def _cast(leaf: Any, dtype: Any) -> jax.Array:
-    """A row leaf in the state's dtype, once, before the loop; flags and integers stay what they are."""
-    floating = jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
-    return jnp.asarray(leaf, dtype if floating else None)
+def cast_rows(rows: PyTree, dtype: Any) -> PyTree:
+    """Rows in the state's dtype, once, before the loop; flags and integers stay what they are."""
+    floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+    return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if floating(leaf) else None), rows)
 
 
 def _batched_cond(cond: Any, batch: int) -> Any:

@@ -27,6 +27,7 @@ ALLOWED = {
     "parallel": MIDDLE | {"solvers", "sampling"},
     "starts": MIDDLE,
     "likelihood": MIDDLE | {"losses"},
+    "adjoint": MIDDLE | {"solvers", "sampling"},
     "testing": MIDDLE | {"solvers", "sampling"},
     "training": MIDDLE | {"losses"},
     "references": BASE,

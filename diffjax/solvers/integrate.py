@@ -233,7 +233,9 @@ def _check(process: Any, start: Any, stop: Any, eta: Any, noisy: bool) -> None:
     if not noisy:
         return
     if start < stop:
-        raise ValueError(f"the reverse SDE runs from noise to data, start > stop; got {start=}, {stop=}. Encode with eta=0")
+        raise ValueError(
+            f"the reverse SDE runs from noise to data, start > stop; got {start=}, {stop=}. Encode with eta=0"
+        )
     for name, t in (("start", start), ("stop", stop)):
         lam = process.log_snr(t)
         if nu.namespace(lam) is np and not math.isfinite(lam):

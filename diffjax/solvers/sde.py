@@ -175,7 +175,9 @@ def langevin(process: Process, t: Any, steps: int, snr: Any = 0.2) -> Solver:
     grid = xp.broadcast_to(t, (steps + 1,))
     alpha, sigma, lam = (f(grid) for f in (process.alpha, process.sigma, process.log_snr))
     if xp is np and not sigma[0] > 0:
-        raise ValueError(f"Langevin dynamics needs a level with noise: sigma(t) is 0 at t = {float(t)}; give a larger t")
+        raise ValueError(
+            f"Langevin dynamics needs a level with noise: sigma(t) is 0 at t = {float(t)}; give a larger t"
+        )
     cut = lambda c: (c[:-1], c[1:])
     k = table.Nodes(xp, grid, *cut(grid), *cut(alpha), *cut(sigma), *cut(lam), xp.isfinite(lam)[1:])
     return table.build(
@@ -224,9 +226,16 @@ CARDS = {
         reverse_diffusion, "arXiv:2011.13456#App.E", "the forward chain reversed, eta = 0 the flow", 1, 1, noise=True
     ),
     "euler_maruyama": Card(
-        euler_maruyama, "arXiv:2011.13456#Eq.6", "Euler-Maruyama (and Milstein) in t, eta = 0 the flow", 1, 1, noise=True
+        euler_maruyama,
+        "arXiv:2011.13456#Eq.6",
+        "Euler-Maruyama (and Milstein) in t, eta = 0 the flow",
+        1,
+        1,
+        noise=True,
     ),
-    "sra1": Card(sra1, "doi:10.1137/09076636X", "stochastic Runge-Kutta for additive noise, strong 1.5", 2, 2, noise=True),
+    "sra1": Card(
+        sra1, "doi:10.1137/09076636X", "stochastic Runge-Kutta for additive noise, strong 1.5", 2, 2, noise=True
+    ),
     "annealed_langevin": Card(
         annealed_langevin, "arXiv:1907.05600#Alg.1", "Langevin steps at every noise level", None, 5, noise=True
     ),

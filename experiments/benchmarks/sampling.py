@@ -67,6 +67,11 @@ def build(name: str, n: int = STEPS) -> Any:
     return solvers.CATALOGUE[name].build(PROCESS, times.log_snr(PROCESS, n, start=0.98, stop=0.01))
 
 
+def linear() -> list[str]:
+    """The solvers whose rows are `table.Rows`."""
+    return [name for name, card in solvers.CATALOGUE.items() if "nonlinear" not in card.flags]
+
+
 def one_compilation() -> dict[str, int]:
     """Traces of a jitted `sample` over all linear solvers and three grids, padded to one shape."""
     fn, params, x = measure.mlp(32)
@@ -78,7 +83,7 @@ def one_compilation() -> dict[str, int]:
         traces.append(1)
         return diffjax.sample(jax.random.key(0), denoiser, solver, x)
 
-    tables = [build(name, n) for name in solvers.CATALOGUE for n in (5, 10, 20)]
+    tables = [build(name, n) for name in linear() for n in (5, 10, 20)]
     p, q = (max(t.rows._asdict()[f].shape[1] for t in tables) for f in ("px", "pd"))
     for table in tables:
         run(solvers.pad(table, 40, p, q, noise=2))
@@ -121,7 +126,7 @@ def compile_cost(network: Any, lengths: tuple[int, ...], repeats: int) -> dict[s
 def run(quick: bool = False) -> dict[str, Any]:
     """All ratios.   `quick`: a few solvers and rounds."""
     rounds = 3 if quick else 21
-    names = ("ddim", "dpmpp_2m", "ddpm") if quick else tuple(solvers.CATALOGUE)
+    names = ("ddim", "dpmpp_2m", "ddpm") if quick else tuple(linear())
     small = measure.mlp()
     report: dict[str, Any] = {"steps": STEPS, "mlp": {}, "dit": {}}
     for name in names:

@@ -14,7 +14,9 @@ from diffjax.testing import flow, gaussian, oracle, smooth_mixture
 MIX = smooth_mixture()
 
 
-@pytest.mark.parametrize("process", [processes.vp(), processes.ve(), processes.rectified()], ids=["vp", "ve", "rectified"])
+@pytest.mark.parametrize(
+    "process", [processes.vp(), processes.ve(), processes.rectified()], ids=["vp", "ve", "rectified"]
+)
 def test_the_whole_flow_and_back(process):
     """From exactly t = 1 to exactly t = 0 in float32, and the encoding of the result."""
     d = oracle(MIX, process)

@@ -65,7 +65,9 @@ PROCESSES = {"vp": processes.vp, "cosine": processes.cosine, "sub_vp": processes
              "edm": processes.edm, "rectified": processes.rectified}  # fmt: skip
 
 
-@pytest.mark.parametrize(("process", "eta"), [("vp", 1.0), ("cosine", 1.0), ("rectified", 1.0), ("edm", 0.5), ("sub_vp", 0.0)])
+@pytest.mark.parametrize(
+    ("process", "eta"), [("vp", 1.0), ("cosine", 1.0), ("rectified", 1.0), ("edm", 0.5), ("sub_vp", 0.0)]
+)
 @pytest.mark.parametrize("name", ["reverse_diffusion", "euler_maruyama", "sra1"])
 def test_weak_order_is_the_cards(name, eta, process):
     card = solvers.CATALOGUE[name]
@@ -226,7 +228,9 @@ def test_corrector_is_independent_of_the_batch(corrected):
     *_, x, solver, sample = corrected
     whole = sample(jax.random.key(0), solver, x, jnp.arange(6))[0]
     order = jnp.array([4, 2, 0, 1, 5, 3])
-    np.testing.assert_allclose(sample(jax.random.key(0), solver, x[order], order)[0], whole[order], rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        sample(jax.random.key(0), solver, x[order], order)[0], whole[order], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("predictor", [solvers.ddim, solvers.heun, sde.reverse_diffusion])
