@@ -17,7 +17,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.prediction import from_v, to_v
-from diffjax.sampling import _batched_cond, _cast, _state_leaf
+from diffjax.sampling import batched_cond, cast_rows, state_leaf
 from diffjax.solvers import table
 from diffjax.types import Cond, Denoiser, Evaluation, Key, Noise, Process, Solver
 
@@ -76,12 +76,12 @@ def sample_parallel(
     Reference: Shih et al. 2023, arXiv:2305.16317, Algorithm 1 (for one-step tables on a variance-preserving process).
     """
     _check(solver, window, tolerance)
-    x = jax.tree.map(_state_leaf, x)
+    x = jax.tree.map(state_leaf, x)
     batch = nu.batch_size(x)
     items = jnp.arange(batch) if items is None else jnp.asarray(items)
     if items.shape != (batch,):
         raise ValueError(f"items must hold one global index per item, shape ({batch},); got {items.shape}")
-    denoiser = dataclasses.replace(denoiser, cond=_batched_cond(denoiser.cond, batch))
+    denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, batch))
     if jax.tree.leaves(jax.eval_shape(denoiser.init_state, x)):
         raise ValueError(
             "the denoiser carries state from step to step (a cache, a momentum), and steps are taken at once here; use sample"
@@ -91,7 +91,7 @@ def sample_parallel(
     window = min(window, n)
     # idle rows behind the last one, so that every window has the same size
     behind = lambda a: jnp.concatenate([a, jnp.broadcast_to(a[-1:], (window, *a.shape[1:]))])
-    rows, bound = jax.tree.map(lambda a: behind(_cast(a, dtype)), (solver.rows, tolerance * _spread(process, solver)))
+    rows, bound = jax.tree.map(lambda a: behind(cast_rows(a, dtype)), (solver.rows, tolerance * _spread(process, solver)))
     cut = lambda tree, i: jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, window), tree)
     place = jnp.arange(window)
     last = n if solver.count is None else solver.count

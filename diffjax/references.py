@@ -91,8 +91,6 @@ PAPERS: dict[str, Paper] = {
                               2024, "Applying Guidance in a Limited Interval Improves Sample and Distribution Quality in Diffusion Models"),
     "arXiv:2202.09778": Paper("Liu, Luping and Ren, Yi and Lin, Zhijie and Zhao, Zhou", 2022,
                               "Pseudo Numerical Methods for Diffusion Models on Manifolds"),
-    "arXiv:2302.04867": Paper("Zhao, Wenliang and Bai, Lujia and Rao, Yongming and Zhou, Jie and Lu, Jiwen", 2023,
-                              "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models"),
     "arXiv:2307.11118": Paper(
         "Wizadwongsa, Suttisak and Chinchuthakun, Worameth and Khungurn, Pramook and Raj, Amit and Suwajanakorn, Supasorn",
         2024, "Diffusion Sampling with Momentum for Mitigating Divergence Artifacts"),

@@ -64,12 +64,12 @@ def sample(
     """
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {MEMORY}; got {memory!r}")
-    x = jax.tree.map(_state_leaf, x)
+    x = jax.tree.map(state_leaf, x)
     batch = nu.batch_size(x)
     items = jnp.arange(batch) if items is None else jnp.asarray(items)
     if items.shape != (batch,):
         raise ValueError(f"items must hold one global index per item, shape ({batch},); got {items.shape}")
-    denoiser = dataclasses.replace(denoiser, cond=_batched_cond(denoiser.cond, batch))
+    denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, batch))
     dtype = jnp.result_type(*jax.tree.leaves(x))
     rows = cast_rows(solver.rows, dtype)
     n = solver.evaluations
@@ -147,7 +147,8 @@ def _kept(keep: Any, x: PyTree) -> PyTree:
     return x if keep is True else jax.tree.map(jnp.asarray, keep(x))
 
 
-def _state_leaf(leaf: Any) -> jax.Array:
+def state_leaf(leaf: Any) -> jax.Array:
+    """A leaf of the state as a floating array of at least float32, or an error."""
     leaf = jnp.asarray(leaf)
     if not jnp.issubdtype(leaf.dtype, jnp.floating):
         raise ValueError(f"the state x must be floating; got dtype {leaf.dtype}. Use x.astype(jnp.float32)")
@@ -160,7 +161,7 @@ def cast_rows(rows: PyTree, dtype: Any) -> PyTree:
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if floating(leaf) else None), rows)
 
 
-def _batched_cond(cond: Any, batch: int) -> Any:
+def batched_cond(cond: Any, batch: int) -> Any:
     """A bound condition with scalars repeated for the batch, or an error that names both sizes."""
     if cond is UNBOUND or cond is None:
         return cond
@@ -201,7 +202,7 @@ def sample_chunks(
         raise ValueError(f"n and chunk must be positive; got n={n}, chunk={chunk}")
     chunk = min(chunk, n)
     run = run or _jitted_sample
-    cond = None if denoiser.cond is UNBOUND else _batched_cond(denoiser.cond, n)
+    cond = None if denoiser.cond is UNBOUND else batched_cond(denoiser.cond, n)
     parts = []
     for begin in range(0, n, chunk):
         items = np.arange(begin, begin + chunk) % n  # the last chunk wraps around, so that every call has one shape
