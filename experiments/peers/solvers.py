@@ -225,8 +225,9 @@ def constant(tau):
 
 
 def singlestep_grid(order: int) -> np.ndarray:
-    """A grid whose number of steps the single-step scheduler divides without a rest."""
-    return SIGMAS[: 1 + (len(SIGMAS) - 1) // order * order]
+    """A grid whose every `order`-th point is a step, the others its stages at equal distances in log-SNR."""
+    coarse = np.log(SIGMAS[::2])
+    return np.exp(np.interp(np.arange((len(coarse) - 1) * order + 1) / order, np.arange(len(coarse)), coarse))
 
 
 def patch_noise(module):
@@ -268,8 +269,7 @@ def discrete(peer) -> dict:
             eps = r.eps(x / bar[t] ** 0.5, ratio(t))
             x = scheduler.step(eps, t, x, **(step or {})).prev_sample
         leap = 1000 // steps
-        times = list(dict.fromkeys(int(t) for t in scheduler.timesteps))
-        grid = [ratio(t) for t in times] + [ratio(max(times[-1] - leap, 0))]
+        grid = [ratio(leap * i + 1) for i in reversed(range(steps))] + [ratio(0)]
         case = r.case(x, "vp", grid)
         if undo:
             case["noise"] = undo()
