@@ -56,8 +56,8 @@ def sample_parallel(
     most as many iterations are made as the table has rows, and with `tolerance = 0` the result is that of `sample`.
 
     Args: key, denoiser, x, items: as `sample`, the denoiser without state of its own.   solver: a table.   window: rows in
-    flight, >= 1; the denoiser is called with `window * B` items.   tolerance: >= 0, the worst item of the batch decides.
-    sharding: of the leading axis `window * B` of the states that the denoiser gets, to spread it over devices.
+    flight, >= 1; the denoiser is mapped over them.   tolerance: >= 0, the worst item of the batch decides.   sharding: of the
+    states [window, B, ...] that the denoiser gets, to spread the window over devices.
     Returns: `(x at the end of the grid, iterations)`: the calls of the denoiser one after the other. Not differentiable in
     reverse mode.
     Raises: ValueError: a solver that is not a table, a denoiser with state, a window that is not an int >= 1, a negative
@@ -96,16 +96,12 @@ def sample_parallel(
     place = jnp.arange(window)
     last = n if solver.count is None else solver.count
     origin = Noise.at(nu.item_keys(key, items), jnp.zeros((), jnp.int32))
-    many = denoiser.bind(jax.tree.map(lambda c: _flat(jnp.broadcast_to(c, (window, *c.shape))), denoiser.cond))
 
     def evaluate(y: PyTree, t: Any) -> PyTree:
         """The slopes at all points [window, B, ...], in one call."""
-        flat = jax.tree.map(_flat, y)
         if sharding is not None:
-            flat = jax.lax.with_sharding_constraint(flat, sharding)
-        t = t.reshape(window, *(t.shape[1:] or (1,)))
-        slopes = _slope(many, flat, _flat(jnp.broadcast_to(t, (window, batch, *t.shape[2:]))))
-        return jax.tree.map(lambda a: a.reshape(window, batch, *a.shape[1:]), slopes)
+            y = jax.lax.with_sharding_constraint(y, sharding)
+        return jax.vmap(lambda y, t: _slope(denoiser, y, t))(y, t)
 
     def run(registers: Any, slopes: PyTree, base: Any) -> tuple[PyTree, PyTree]:
         """The table from row `base` with the slopes held.   Returns: its points, and the registers after every row."""
@@ -139,10 +135,6 @@ def sample_parallel(
     zero = jnp.zeros((), jnp.int32)
     _, registers, _, count = jax.lax.while_loop(lambda c: c[0] < last, iterate, (zero, registers, y, zero))
     return solver.read(registers), count
-
-
-def _flat(a: jax.Array) -> jax.Array:
-    return a.reshape(a.shape[0] * a.shape[1], *a.shape[2:])
 
 
 def _mean_square(a: jax.Array) -> jax.Array:

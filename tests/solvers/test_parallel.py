@@ -55,22 +55,19 @@ def test_a_tolerance_saves_calls_and_bounds_the_error(name, runs):
 
 
 def test_one_call_for_the_whole_window_and_none_saved_by_a_window_of_one():
-    shapes = []
-
-    def net(x, t, y):
-        shapes.append((x.shape, t.shape, y.shape))
-        return jnp.sin(x) + y[:, None]
-
-    d = diffjax.denoiser(net, PROCESS, diffjax.from_v).bind(jnp.arange(4.0))
+    make = lambda window: jax.jit(lambda x: sample_parallel(KEY, d, solver, x, window=window, tolerance=0.0))
+    weight = jax.random.normal(jax.random.key(2), (2, 2))
+    d = diffjax.denoiser(lambda w, x, t, y: jnp.sin(x @ w) + y[:, None], PROCESS, diffjax.from_v, weight)
+    d = d.bind(jnp.arange(4.0))
     solver = solvers.ddim(PROCESS, times.uniform(12))
     expected = diffjax.sample(KEY, d, solver, start())
-    shapes.clear()
-    for window, calls in ((1, 12), (5, None)):
-        x, made = sample_parallel(KEY, d, solver, start(), window=window, tolerance=0.0)
-        assert shapes == [((4 * window, 2), (4 * window,), (4 * window,))]  # one trace: one call an iteration
-        assert made == 12 if calls else made <= 12
+    for window in (1, 5):
+        run = make(window)
+        dots = [line for line in run.lower(start()).as_text().splitlines() if "dot_general" in line]
+        assert len(dots) == 1 and f"tensor<{window}x4x2x" in dots[0]  # one call an iteration, for window x batch states
+        x, made = run(start())
+        assert made == 12 if window == 1 else made <= 12
         np.testing.assert_allclose(x, expected, atol=1e-5)
-        shapes.clear()
 
 
 def test_noise_is_per_item_and_frames_have_times_of_their_own():
@@ -96,7 +93,9 @@ def test_the_window_spread_over_8_devices_finds_the_same():
     devices = []
 
     def net(params, x, t, cond):
-        jax.debug.inspect_array_sharding(x, callback=lambda s: devices.append(len(s.device_set)))
+        jax.debug.inspect_array_sharding(
+            x, callback=lambda s: devices.append((len(s.device_set), s.is_fully_replicated))
+        )
         return params * jnp.sin(x)
 
     d = diffjax.denoiser(net, PROCESS, diffjax.from_v, 0.8)
@@ -106,7 +105,7 @@ def test_the_window_spread_over_8_devices_finds_the_same():
     )(d, start())
     (a, calls), (b, same) = run(None), run(spread)
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
-    assert calls == same < 16 and devices[-1] == 8
+    assert calls == same < 16 and devices[-1] == (8, False)
 
 
 def counting(d, state, x, t, cond, key):
