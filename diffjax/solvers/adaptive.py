@@ -94,7 +94,7 @@ def dpm_adaptive(
     Args: process: Gaussian.   grid: from noise to data; only its ends are used, and kept trajectories hold these two.
     order: 2 or 3.   rtol, atol: > 0.   h_init: > 0, first step in lambda.   safety: in (0, 1].   gains: P, I, D of the
     controller.   max_evaluations: at least order + 2.   inverse: the grid increases.
-    Returns: a solver of `max_evaluations` rows that is no table.
+    Returns: a solver of at most `max_evaluations` rows that is no table.
     Raises: ValueError: bad grid, order, or an argument out of range.
 
     Example:

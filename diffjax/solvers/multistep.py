@@ -90,8 +90,8 @@ def dpm_solver_sde(process: Process, grid: Any, order: int = 2, eta: Any = 1.0, 
     x_s = (alpha_s / alpha_t) x - (1 + eta) sigma_s (e^h - 1) E + sqrt(eta) sigma_s sqrt(e^{2h} - 1) z,   h = lam_s - lam_t;
     order 2: E = eps + (eps - eps_prev) h / (2 h_prev)
 
-    The same SDE as that of `dpmpp`, which is the better choice: here the noise of a step grows without bound with h. A step
-    with an infinite lambda at one end is `ddim`.
+    The SDE is that of `dpmpp`. Here the noise of a step grows without bound with h, and the next ones have to take it out
+    again, so that large steps favour `dpmpp`. A step with an infinite lambda at one end is `ddim`.
 
     Args: process: Gaussian.   grid: [n + 1].   order: 1 or 2.   eta: >= 0, the noise, 1 for the reverse SDE.
     s_noise: factor on the noise alone.

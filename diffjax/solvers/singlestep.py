@@ -33,8 +33,9 @@ def exp_rk(
     order 3: it is (e^h - 1) eps_t + (3/2) ((e^h - 1) / h - 1) (eps(lam_t + 2h/3) - eps_t), with a second node at h/3
 
     x0 takes the place of eps when alpha is exchanged with sigma and h with -h. Order 1 is `ddim`. With eta every step
-    goes down to r_down and then back up by fresh noise, r = sigma / alpha (see `ancestral`). A step with an infinite lambda
-    at one end, or whose r_down is zero, is first order.
+    goes down to r_down and then back up by fresh noise, r = sigma / alpha (see `ancestral`), which converges to the
+    reverse SDE with order 1 whatever the order of the steps. A step with an infinite lambda at one end, or whose r_down is
+    zero, is first order.
 
     Args: process: Gaussian.   grid: [n + 1].   order: 1, 2 or 3, or one of them for every step.   value: `EPS` or `X0`.
     eta: >= 0, at most 1 on any grid.   s_noise: factor on the noise alone.   inverse: the grid increases.

@@ -10,8 +10,7 @@ def run(solver, process, mean, variance, start):
     m = np.concatenate([np.full(p, start[0]), np.zeros(q)])
     c = np.zeros((p + q, p + q))
     c[:p, :p] = start[1]
-    for i in range(len(r.t)):
-        alpha, sigma = float(process.alpha(r.t[i])), float(process.sigma(r.t[i]))
+    for i, (alpha, sigma) in enumerate(zip(process.alpha(r.t), process.sigma(r.t), strict=True)):
         spread = alpha**2 * variance + sigma**2
         slope = r.u[i] @ [alpha * variance / spread, sigma / spread]  # d = slope y + shift
         shift = r.u[i] @ [sigma**2 * mean / spread, -sigma * alpha * mean / spread]

@@ -116,7 +116,7 @@ def test_the_ancestral_samplers_in_sigma(x64):
         for i in range(n):  # a step draws in its last row
             z = nu.item_normal(keys, 2 * (order[name] * (i + 1) - 1) + 1, x)
             x = step(name, x, sigma[i], sigma[i + 1], z)
-        np.testing.assert_allclose(got, x, rtol=1e-8, err_msg=name)
+        np.testing.assert_allclose(got, x, rtol=1e-9, err_msg=name)
 
 
 @pytest.mark.parametrize("name", ["dpm2_ancestral", "dpmpp_2s_ancestral"])
@@ -163,16 +163,16 @@ def test_phi_is_accurate_at_every_size():
 def test_gradients_and_kept_states(x64):
     process = processes.vp()
     d, x = oracle(MIX, process), jax.random.normal(jax.random.key(3), (2, 2))
-    grid = times.uniform(3, start=0.95, stop=0.1)
+    grid = times.uniform(2, start=0.95, stop=0.1)
 
     def end(eta, shift):
-        s = solvers.exp_rk(process, shift * jnp.asarray(grid), (3, 2, 1), eta=eta)
+        s = solvers.exp_rk(process, shift * jnp.asarray(grid), (3, 2), eta=eta)
         y, kept = diffjax.sample(KEY, d, s, x, keep=True)
         return jnp.sum(y**2), (y, kept)
 
     f = jax.jit(jax.value_and_grad(end, (0, 1), has_aux=True))
     (_, (y, kept)), grads = f(0.5, 0.99)
-    assert kept.x.shape == (4, 2, 2)
+    assert kept.x.shape == (3, 2, 2)
     np.testing.assert_array_equal(kept.x[-1], y)
     assert all(np.isfinite(g) and g != 0 for g in grads)
     assert all(np.isfinite(g) for g in f(0.0, 0.99)[1])
