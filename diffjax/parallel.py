@@ -91,7 +91,9 @@ def sample_parallel(
     window = min(window, n)
     # idle rows behind the last one, so that every window has the same size
     behind = lambda a: jnp.concatenate([a, jnp.broadcast_to(a[-1:], (window, *a.shape[1:]))])
-    rows, bound = jax.tree.map(lambda a: behind(cast_rows(a, dtype)), (solver.rows, tolerance * _spread(process, solver)))
+    rows, bound = jax.tree.map(
+        lambda a: behind(cast_rows(a, dtype)), (solver.rows, tolerance * _spread(process, solver))
+    )
     cut = lambda tree, i: jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, i, window), tree)
     place = jnp.arange(window)
     last = n if solver.count is None else solver.count
