@@ -258,7 +258,7 @@ def exp_abm(
         >>> exp_abm(p, times.log_snr(p, 10), order=2, value=V).evaluations
         10
 
-    Reference: Zhao et al. 2023, arXiv:2302.04867, Section 3; Hairer, Norsett and Wanner 1993, Section III.1.
+    Reference: Zhao et al. 2023, arXiv:2302.04867, Theorem 3.1; Hairer, Norsett and Wanner 1993, Section III.1.
     """
     nodes = order + 1 if corrector_order is None else corrector_order
     check_order(order)
@@ -286,7 +286,7 @@ CARDS = {
 } | {
     f"exp_abm{order}_{value.name}": Card(
         table.options(exp_abm, order=order, value=value),
-        "arXiv:2302.04867#Sec.3",
+        "arXiv:2302.04867#Thm.3.1",
         f"exponential Adams-Bashforth-Moulton on the kept {value.name}",
         3,
         1,

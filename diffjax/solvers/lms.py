@@ -25,7 +25,7 @@ def lms(process: Process, grid: Any, order: int = 4, *, inverse: bool = False) -
         >>> lms(processes.edm(), times.karras(processes.edm(), 10)).evaluations
         10
 
-    Reference: Hairer, Norsett and Wanner 1993, Section III.5; Zhang and Chen 2023, arXiv:2204.13902, Section 4.
+    Reference: Hairer, Norsett and Wanner 1993, Section III.5; Zhang and Chen 2023, arXiv:2204.13902 (rhoAB).
     """
     return adams.exp_ab(process, grid, order, adams.EPS, adams.RHO, inverse=inverse)
 

@@ -38,7 +38,7 @@ def heavy_ball(
     velocity is `v_0 = seed eps_0`; 1 is consistent, 0 is a cold start.   inverse: the grid increases.
     Returns: a table of n rows, two states, `order - 1` values.
     Raises: ValueError: bad grid or order, momentum outside (0, 1].
-    Reference: Wizadwongsa et al. 2024, arXiv:2307.11118, Section 4.1.
+    Reference: Wizadwongsa et al. 2024, arXiv:2307.11118.
     """
     adams.check_order(order)
     _check_momentum(momentum)
@@ -70,7 +70,7 @@ def ghvb(
         >>> ghvb(processes.vp(), times.uniform(10), order=2.5).rows.qx.shape
         (10, 2)
 
-    Reference: Wizadwongsa et al. 2024, arXiv:2307.11118, Section 4.2.
+    Reference: Wizadwongsa et al. 2024, arXiv:2307.11118.
     """
     p = math.ceil(order)
     if p != order and momentum is not None:
@@ -122,11 +122,11 @@ def _solver(
 
 
 CARDS = {
-    "heavy_ball": Card(heavy_ball, "arXiv:2307.11118#Sec.4.1", "heavy ball on Adams-Bashforth 2", 1, 1, exact=("eps",))
+    "heavy_ball": Card(heavy_ball, "arXiv:2307.11118", "heavy ball on Adams-Bashforth 2", 1, 1, exact=("eps",))
 } | {
     f"ghvb{order}": Card(
         table.options(ghvb, order=order, momentum=0.8),
-        "arXiv:2307.11118#Sec.4.2",
+        "arXiv:2307.11118",
         f"generalised heavy ball, order {order - 0.2:.1f}",
         min(order, 2),
         1,

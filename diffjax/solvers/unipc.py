@@ -53,7 +53,7 @@ def unipc(
         >>> unipc(p, times.log_snr(p, 10), order=2).evaluations
         10
 
-    Reference: Zhao et al. 2023, arXiv:2302.04867, Algorithms 1-4 (eps) and 5-8 (x0).
+    Reference: Zhao et al. 2023, arXiv:2302.04867, Theorem 3.1 (UniPC) and Corollary 3.2 (UniP).
     """
     adams.check_order(order)
     if value is not adams.X0 and value is not adams.EPS:
@@ -84,11 +84,10 @@ def unipc(
 
 _EXACT = {"x0": ("x0",), "eps": ("eps",)}
 _STARTUP = ("startup",)  # third order in the end, as its first step; its own error of order 4 is larger up to 160 steps
-_PAPER = {"x0": "arXiv:2302.04867#Alg.5", "eps": "arXiv:2302.04867#Alg.1"}
 CARDS = (
     {
         f"unipc{order}_{value.name}": Card(
-            table.options(unipc, order=order, value=value), _PAPER[value.name], f"UniPC on {value.name}, B2",
+            table.options(unipc, order=order, value=value), "arXiv:2302.04867#Thm.3.1", f"UniPC on {value.name}, B2",
             min(order + 1, 3), 1, exact=_EXACT[value.name], flags=_STARTUP if (order, value.name) == (3, "x0") else (),
         )
         for value in (adams.X0, adams.EPS)
@@ -96,12 +95,12 @@ CARDS = (
     }
     | {
         "unipc2_b1": Card(
-            table.options(unipc, order=2, scale=b1), _PAPER["x0"], "UniPC on x0, B1", 3, 1, exact=("x0",),
+            table.options(unipc, order=2, scale=b1), "arXiv:2302.04867#Thm.3.1", "UniPC on x0, B1", 3, 1, exact=("x0",),
         )
     }
     | {
         f"unip{order}_{value.name}": Card(
-            table.options(unipc, order=order, value=value, correct=False), _PAPER[value.name],
+            table.options(unipc, order=order, value=value, correct=False), "arXiv:2302.04867#Cor.3.2",
             f"UniP on {value.name}, B2: no corrector", 2, 1, exact=_EXACT[value.name],
         )
         for value in (adams.X0, adams.EPS)

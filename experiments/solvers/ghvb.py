@@ -31,6 +31,8 @@ RECIPE = Recipe(
         "order_error": at_most(0.25),
         "heavy_ball_order_error": at_most(0.25),
         "error_growth_as_b_falls": at_least(1.0),
+        "cold_start_order": at_most(1.3),
+        "order_from_first_slope": at_least(1.7),
         "stable_step_over_adams": at_least(1.2),
         "divergence_over_adams": at_most(0.8),
         "share_of_divergent_lowered": at_least(0.8),
@@ -85,6 +87,17 @@ def errors(process, mixture, x, counts):
     return out
 
 
+def start_orders(process, mixture, x, counts):
+    """Order of GHVB-3 with b = 1/2 and no history, by the first velocity: 0, and the first slope."""
+    error, (t, s) = [], equal_steps(process, 1)
+    exact = testing.flow(mixture, process, x, t, s)
+    for n in counts:
+        tables = [solvers.ghvb(process, equal_steps(process, n), 3, 0.5, seed=seed) for seed in (0.0, 1.0)]
+        got = sample_all(jax.random.key(0), testing.oracle(mixture, process), solvers.stack(tables), x)
+        error.append(np.sqrt(((np.asarray(got) - exact) ** 2).sum(-1).mean(-1)))
+    return np.log2(error[0] / error[1])
+
+
 def stable_steps():
     """The largest L h for which steps of y' = -L y stay bounded, by (p, b): every L is one item of a batch."""
     process = processes.ve(0.01, 100.0)  # alpha = 1
@@ -132,6 +145,7 @@ def run(preset):
     error = errors(process, mixture, x, counts)
     order = {k: np.log2(a / b) for k, (a, b) in error.items()}
     last = {k: e[-1] for k, e in error.items()}
+    cold, warm = start_orders(process, mixture, x, counts)
     reach = stable_steps()
     if full:
         score = divergence((6.0, 8.0, 12.0), (8, 10, 12, 15, 18), 256, 500)
@@ -146,6 +160,8 @@ def run(preset):
         "error_growth_as_b_falls": min(
             last["ghvb", p, low] / last["ghvb", p, high] for p in ORDERS for high, low in ((1.0, 0.8), (0.8, 0.5))
         ),
+        "cold_start_order": cold,
+        "order_from_first_slope": warm,
         "stable_step_over_adams": min(reach[p, 0.5] / reach[p, 1.0] for p in ORDERS),
         "divergence_over_adams": np.median(ratios),
         "share_of_divergent_lowered": np.mean(ratios < 1),

@@ -88,6 +88,17 @@ def test_order_with_a_seeded_velocity(b):
             assert abs(slope(errors) - want) < 0.25, (method.__name__, p, errors)
 
 
+def test_a_cold_start_costs_an_order():
+    """From t = 1 on, without a history: v_0 = eps_0 leaves order 2, v_0 = 0 order 1."""
+    model, flow = gaussian(VP, std=2.0)
+    for seed, want in ((1.0, 2), (0.0, 1)):
+        errors = []
+        for n in (80, 160):
+            grid = rho_grid(VP, np.linspace(6.0, 3.0, n + 1))
+            errors.append(abs(run(ghvb(VP, grid, 3, 0.5, seed=seed), model, 2.0) - flow(2.0, grid[0], grid[-1])))
+        assert abs(slope(errors) - want) < 0.2, (seed, errors)
+
+
 def largest_root(p, b, z):
     """Spectral radius of a GHVB step on y' = z y / h: the recursion of the published weights."""
     c = MIX[p](b)
@@ -158,6 +169,24 @@ def test_momentum_and_seed_are_differentiable(x64):
         (total(0.7, 0.9 + h) - total(0.7, 0.9 - h)) / (2 * h),
     )
     np.testing.assert_allclose(got, numeric, rtol=1e-6)
+
+
+def test_gradients_are_finite_at_infinite_ends(x64):
+    """lambda is infinite at t = 0, and at t = 1 of a rectified flow: no derivative passes through it."""
+
+    def total(beta_max, shift):
+        vp, flow = processes.vp(0.1, beta_max), processes.rectified()
+        down = shift * times.uniform(5)
+        tables = [
+            ghvb(vp, times.uniform(5), 2, 0.5),
+            ghvb(flow, down, 2, 0.5),
+            lms.lms(flow, down, 2),
+            lms.lms(vp, times.uniform(5), 3),
+        ]
+        return sum((r**2).sum() for s in tables for r in (s.rows.qx, s.rows.qd, s.rows.qn))
+
+    grads = jax.jit(jax.grad(total, argnums=(0, 1)))(20.0, 1.0)
+    assert all(np.isfinite(g) and g != 0 for g in grads)
 
 
 def test_bad_options():
