@@ -57,7 +57,8 @@ def ghvb(
     p = 2: a = ((2 + b), -(2 - b)) / 2b;   S_n - (1 - b) S_{n-1} = sum_j b a_j eps_{n-j} is exact for degree < p in equal steps
 
     b = 1 is Adams-Bashforth (`ipndm(p)`), b -> 0 that of order p - 1: order p with momentum b is named by the fractional order
-    p - 1 + b. The steps are stable for larger -lambda than Adams-Bashforth's of order p, at a larger error constant.
+    p - 1 + b. On y' = -L y its steps stay stable at larger L h than those of Adams-Bashforth of order p, at a larger error
+    constant. In unequal steps of rho the order is at most 2, as that of `ipndm`.
 
     Args: process: Gaussian.   grid: [n + 1].   order: p = 1 to 4, or in (0, 4) the fractional order.   momentum: b in (0, 1];
     default 1, or the fraction of the order.   seed: the first velocity is `v_0 = seed eps_0`; 1 is consistent, 0 is a cold start.

@@ -1,10 +1,12 @@
 """PNDM and iPNDM against the published loops, with the transfer as the paper writes it."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from host_tables import VP, gaussian, network, rho_grid, run, slope
 
+import diffjax
 from diffjax import processes, solvers, times
 from diffjax.solvers import pndm
 
@@ -119,6 +121,15 @@ def test_traced_grid_keeps_the_rows():
     assert traced.evaluations == 12 and host.evaluations == 9
     model = network(process)
     np.testing.assert_allclose(run(jax.device_get(traced), model, 0.9), run(host, model, 0.9), rtol=2e-5)
+
+
+def test_sampled_and_kept_at_grid_points(x64):
+    """`sample` applies the rows as this file's runner does, and keeps the states after whole steps only."""
+    d = diffjax.denoiser(lambda x, t: jnp.sin(1.3 * x) + 0.3 * x * jnp.cos(2 * t), VP, diffjax.from_eps)
+    end, kept = diffjax.sample(jax.random.key(0), d, build(VP, GRID[:6]), jnp.full((1,), 1.4), keep=True)
+    want = [1.4] + [float(run(build(VP, GRID[: i + 1]), network(VP), 1.4)) for i in range(1, 6)]
+    np.testing.assert_allclose(kept.x[:, 0], want, rtol=1e-9)
+    np.testing.assert_allclose(end[0], want[-1], rtol=1e-9)
 
 
 def test_bad_options():
