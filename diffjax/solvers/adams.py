@@ -271,6 +271,7 @@ def exp_abm(
     return assemble(f"exp_abm({order}, {nodes}, {value.name})", s, *columns)
 
 
+# flag "startup": the first steps set the card's order in the end, but up to 160 steps the method's own error is larger
 _EXACT = {"x0": ("x0",), "eps": ("eps",), "v": ()}
 CARDS = {
     f"exp_ab{order}_{value.name}": Card(
