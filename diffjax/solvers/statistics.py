@@ -41,7 +41,7 @@ _KINDS = {"model_statistics": ModelStatistics, "noise_moment": NoiseMoment}
 
 
 def model_statistics(
-    key: Key, denoiser: Denoiser, x0: Any, times: Any, *, probes: int = 1, ridge: float = 1e-9
+    key: Key, denoiser: Denoiser, x0: Any, times: Any, *, probes: int = 1, ridge: float = 1e-7
 ) -> ModelStatistics:
     """Measure l, s and b of a model at noised data.   l = E[diag d(sigma eps)/dx],  s = Cov(f, f') / Var(f),  b = E f' - s E f
 
@@ -52,7 +52,7 @@ def model_statistics(
     Args: key: PRNG key.   denoiser: with condition and guidance bound as they will be sampled.   x0: [N, ...] data, or a
     function `key -> x0` that draws it (samples of the model, where there are no data).   times: [K], K >= 3, at finite
     log-SNR, where the process is differentiable; 100 to 1000 between the ends of the sampling grids.   probes: >= 1.
-    ridge: Var(f) below this share of the variance of its two terms counts as zero: l alone explains the model there.
+    ridge: >= 0, share of |l'| Var(x / alpha) that is added to Var(f): where l alone explains the model, f is rounding noise.
     Returns: float64 statistics on increasing log-SNR, one per dimension.
     Raises: ValueError: times that are fewer than three, repeated or at infinite log-SNR; a state that is not one array;
     statistics that are not finite.
@@ -72,8 +72,7 @@ def model_statistics(
     m = {name: np.asarray(value, np.float64) for name, value in moments.items()}
     l = m["l"]
     slope = np.gradient(l, lam, axis=0, edge_order=2)
-    scale = m["parts"]
-    variance = m["ff"] + ridge * scale + np.finfo(np.float64).tiny
+    variance = m["ff"] + ridge * np.abs(slope) * m["zz"] + np.finfo(np.float64).tiny
     s = (m["fa"] - slope * m["fz"]) / variance
     b = m["a"] - slope * m["z"] - s * m["f"]
     return check_statistics(ModelStatistics(lam, l, s, b), ModelStatistics)
@@ -158,7 +157,7 @@ def _model_moments(key: Key, denoiser: Denoiser, x0: Any, times: Any, probes: in
         cf = centred(f)
         return {
             "l": l, "f": mean(f), "a": mean(a), "z": mean(z), "ff": mean(cf**2), "fa": mean(cf * centred(a)),
-            "fz": mean(cf * centred(z)), "parts": mean((rest * pair.eps) ** 2 + (wide * z) ** 2),
+            "fz": mean(cf * centred(z)), "zz": mean(centred(z) ** 2),
         }  # fmt: skip
 
     return jax.lax.map(one, times)
@@ -204,7 +203,7 @@ def load_statistics(path: str | pathlib.Path) -> ModelStatistics | NoiseMoment:
     Raises: ValueError: not such a file, damaged, or written by a newer version of diffjax.
     """
     try:
-        with np.load(path, allow_pickle=False) as f:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as f:  # NumPy leaves a damaged file open
             arrays = dict(f)
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
         raise ValueError(f"{path} is not a file written by save_statistics: {e}") from e
