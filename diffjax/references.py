@@ -98,6 +98,9 @@ PAPERS: dict[str, Paper] = {
                         "Solving Ordinary Differential Equations I: Nonstiff Problems"),
     "arXiv:2201.06503": Paper("Bao, Fan and Li, Chongxuan and Zhu, Jun and Zhang, Bo", 2022,
                               "Analytic-DPM: an Analytic Estimate of the Optimal Reverse Variance in Diffusion Probabilistic Models"),
+    "arXiv:2401.08740": Paper(
+        "Ma, Nanye and Goldstein, Mark and Albergo, Michael S. and Boffi, Nicholas M. and Vanden-Eijnden, Eric and Xie, Saining",
+        2024, "SiT: Exploring Flow and Diffusion-based Generative Models with Scalable Interpolant Transformers"),
     "arXiv:2309.05019": Paper("Xue, Shuchen and Yi, Mingyang and Luo, Weijian and Zhang, Shifeng and Sun, Jiacheng and Li, Zhenguo and Ma, Zhi-Ming",
                               2023, "SA-Solver: Stochastic Adams Solver for Fast Sampling of Diffusion Models"),
     "arXiv:2310.13268": Paper("Zheng, Kaiwen and Lu, Cheng and Chen, Jianfei and Zhu, Jun", 2023,

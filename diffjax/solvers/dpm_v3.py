@@ -61,7 +61,7 @@ def dpm_v3(
         >>> dpm_v3(p, times.log_snr(p, 10)).rows.qd.shape
         (10, 3)
 
-    Reference: Zheng et al. 2023, arXiv:2310.13268, Sections 3 and 4.
+    Reference: Zheng et al. 2023, arXiv:2310.13268, Section 3.
     """
     if order not in (1, 2, 3):
         raise ValueError(f"order must be 1, 2 or 3; got {order!r}")
@@ -143,8 +143,6 @@ def _flow(k: table.Nodes, m: ModelStatistics) -> _Flow:
     """Panels between all log-SNRs of grid and statistics, where the integrands are smooth, and their sums."""
     xp = k.xp
     m = jax.tree.map(lambda a: xp.asarray(a, k.lam_t.dtype), m)
-    if len(m.log_snr) == 1:
-        m = ModelStatistics(*(xp.concatenate([a, a + 1.0 if a is m.log_snr else a]) for a in m))
     lam_t, lam_s = (xp.where(xp.isfinite(lam), lam, 0.0) for lam in (k.lam_t, k.lam_s))
     knots = xp.sort(xp.concatenate([m.log_snr, lam_t, lam_s]))
     half = (knots[1:] - knots[:-1]) / 2

@@ -161,7 +161,7 @@ def flow_heun(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
 
     Args, Returns, Raises: as `flow_midpoint`; the end of a step is evaluated too, which excludes t = 0 where sigma' is
     infinite (`vp`): use `heun` there, or stop above 0.
-    Reference: Liu et al. 2023, arXiv:2209.03003, Section 5.
+    Reference: Ma et al. 2024, arXiv:2401.08740.
     """
     return _explicit("flow_heun", process, grid, TRAPEZOID, inverse)
 
@@ -210,7 +210,7 @@ CARDS = {
     "edm_heun": Card(edm_heun, "arXiv:2206.00364#Alg.2", "Heun with EDM's churn", 2, 2, noise=True),
     "flow_midpoint": Card(flow_midpoint, "arXiv:2210.02747#Sec.6", "midpoint in t on the probability flow", 2, 2),
     "flow_heun": Card(
-        flow_heun, "arXiv:2209.03003#Sec.5", "Heun in t on the probability flow", 2, 2, flags=("finite_velocity",)
+        flow_heun, "arXiv:2401.08740", "Heun in t on the probability flow", 2, 2, flags=("finite_velocity",)
     ),
     "flow_rk4": Card(
         flow_rk4, "arXiv:2210.02747#Sec.6", "classic Runge-Kutta in t on the probability flow", 4, 4,
