@@ -16,10 +16,10 @@ from diffjax.solvers import table
 from diffjax.solvers.statistics import ModelStatistics, check_statistics
 from diffjax.types import Card, Process, Solver
 
-POINTS, WEIGHTS = np.polynomial.legendre.leggauss(16)
+POINTS, WEIGHTS = np.polynomial.legendre.leggauss(8)
 # RUNNING[q, r]: the integral from -1 to POINTS[q] of the Lagrange polynomial of node r
 RUNNING = np.stack(
-    [np.polynomial.Polynomial.fit(POINTS, row, 15, domain=[-1, 1]).integ(lbnd=-1)(POINTS) for row in np.eye(16)], axis=1
+    [np.polynomial.Polynomial.fit(POINTS, row, 7, domain=[-1, 1]).integ(lbnd=-1)(POINTS) for row in np.eye(8)], axis=1
 )
 
 DATA = ModelStatistics(np.array([0.0, 1.0]), np.ones(2), np.zeros(2), np.zeros(2))  # f = -x0: DPM-Solver++

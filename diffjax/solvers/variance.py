@@ -126,7 +126,7 @@ def analytic(
 
     kappa_t is the mean variance of the data given x_t, so that 0 <= kappa_t <= (sigma_t / alpha_t)^2, and at most
     (data_range / 2)^2 for data in an interval of that length: the estimate is clipped to these bounds. The moment is linear
-    in log-SNR between where it was measured and constant beyond, where alpha is smaller kappa_t is.
+    in log-SNR between where it was measured; beyond, kappa_t is constant towards noise and the moment towards data.
 
     Args: process: Gaussian.   grid: [n + 1].   moment: from `noise_moment`, of the same model and condition; None for
     v* = v, which is `ddim(eta)`.   eta: in [0, 1]; 0 still draws the noise that kappa_t asks for.   data_range: > 0, 2 for data
