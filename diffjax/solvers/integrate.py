@@ -21,7 +21,7 @@ LEAST_STEP = 2.0**-14  # of the interval: what an adaptive step on a Brownian pa
 
 
 class Stats(NamedTuple):
-    """What an integration did; scalars, or [B] when items are stepped on their own."""
+    """What an integration did; scalars, or [B] with `per_item`."""
 
     steps: Any  # tried
     rejected: Any
@@ -59,9 +59,10 @@ def integrate(
     Args: key: for eta > 0, else None will do.   x: state at `start`, a pytree of [B, ...] leaves.   solver: of diffrax, default
     `Tsit5()`, or `SRA1()` for eta > 0; `Dopri8()`, `Kvaerno5()` (implicit), `ShARK()`, `Euler()` (with `steps`).   rtol, atol: of
     the step size control.   steps: so many equal steps in place of it.   max_steps: at most so many.   adjoint: of diffrax, default
-    `RecursiveCheckpointAdjoint()`.   eta: >= 0, concrete where 0 is meant.   per_item: a step size for every item, independent of
-    the batch, in place of one for all; always so for eta > 0, whose paths are drawn per item.   items: [B] global item
-    indices, default arange(B).   throw: raise if `stop` is not reached, else see `Stats.reached`.
+    `RecursiveCheckpointAdjoint()`.   eta: >= 0, concrete where 0 is meant.   per_item: every item alone with step sizes of its
+    own, one after the other, so that nothing depends on the batch; else adaptive steps are shared by the batch.   items: [B]
+    global indices that the paths are drawn from, default arange(B).   throw: raise if `stop` is not reached, else see
+    `Stats.reached`.
     Returns: `(x at stop, Stats)`.
     Raises: ValueError: times outside [0, 1] or equal, integer state; eta > 0 without a key, with infinite log-SNR at an end, or
     going up in time.
@@ -96,12 +97,14 @@ def integrate(
         least = {"dtmin": (t1 - t0) * LEAST_STEP, "force_dtmin": True} if noisy else {}
         control = diffrax.PIDController(rtol=rtol, atol=atol, **least)
 
-    def solve(y: PyTree, cond: PyTree, key: Any) -> tuple[Any, ...]:
+    def solve(y: PyTree, cond: PyTree, keys: Any) -> tuple[Any, ...]:
         """State, time reached, steps, rejected steps and success, of one [B, ...] state."""
         terms = diffrax.ODETerm(_drift if noisy else _flow)
         if noisy:
-            path = _path(solver, y, t0, t1, (t1 - t0) / (2 * steps) if steps else (t1 - t0) * LEAST_STEP / 2, key)
-            terms = diffrax.MultiTerm(terms, diffrax.ControlTerm(_diffusion, path))
+            tolerance = (t1 - t0) / (2 * steps) if steps else (t1 - t0) * LEAST_STEP / 2
+            terms = diffrax.MultiTerm(
+                terms, diffrax.ControlTerm(_diffusion, _paths(solver, y, t0, t1, tolerance, keys))
+            )
         sol = diffrax.diffeqsolve(
             terms, solver, t0, t1, first, y, (denoiser.bind(cond), jnp.asarray(eta, dtype)), stepsize_controller=control,
             adjoint=adjoint, max_steps=max_steps, throw=False,
@@ -113,14 +116,16 @@ def integrate(
     cond = None if denoiser.cond is UNBOUND else denoiser.cond
     cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (batch,)) if jnp.ndim(c) == 0 else jnp.asarray(c), cond)
     y = nu.scale(1 / _norm(process, jnp.asarray(start, dtype)), x)
-    if per_item or noisy:
-        items = jnp.arange(batch) if items is None else jnp.asarray(items)
-        keys = nu.item_keys(jax.random.key(0) if key is None else key, items)
-        lift = lambda tree: jax.tree.map(lambda a: a[None], tree)  # to a batch of one
-        y, reached, tried, rejected, ok = jax.vmap(lambda y, c, k: solve(lift(y), lift(c), k))(y, cond, keys)
+    items = jnp.arange(batch) if items is None else jnp.asarray(items)
+    keys = nu.item_keys(key, items) if noisy else items  # a flow uses none
+    if per_item:
+        # lax.map and not vmap: under vmap every item runs as long as the slowest, and on CPUs (jaxlib 0.10.2) batches of
+        # some thousand items came out differently from run to run
+        alone = lambda item: solve(*jax.tree.map(lambda a: a[None], item))
+        y, reached, tried, rejected, ok = jax.lax.map(alone, (y, cond, keys))
         y = jax.tree.map(lambda a: a[:, 0], y)
     else:
-        y, reached, tried, rejected, ok = solve(y, cond, key)
+        y, reached, tried, rejected, ok = solve(y, cond, keys)
     back = process.time_of_log_snr if noisy else lambda theta: _time(process, theta)
     reached = jnp.where(ok, jnp.asarray(stop, dtype), back(reached).astype(dtype))
     end = nu.scale(_norm(process, reached), y)
@@ -181,17 +186,19 @@ def _time(process: Any, theta: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------------- diffrax
 
 
-def _path(solver: Any, y: PyTree, t0: Any, t1: Any, tolerance: Any, key: Any) -> Any:
-    """A Brownian path with the Levy areas that the solver asks for."""
+def _paths(solver: Any, y: PyTree, t0: Any, t1: Any, tolerance: Any, keys: Any) -> Any:
+    """A Brownian path for every item, with the Levy areas that the solver asks for."""
     import diffrax
+
+    from diffjax.solvers.item_paths import ItemPaths
 
     least = getattr(solver, "minimal_levy_area", diffrax.BrownianIncrement)
     kinds = (diffrax.BrownianIncrement, diffrax.SpaceTimeLevyArea, diffrax.SpaceTimeTimeLevyArea)
     area = next(kind for kind in kinds if issubclass(kind, least))
-    shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), y)
-    # a raw key: the tree folds one key into many on purpose, which the reuse checker of typed keys refuses
-    key = jax.random.bits(key, jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape, jnp.uint32)
-    return diffrax.VirtualBrownianTree(t0, t1, tolerance, shape, key, levy_area=area)
+    shape = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), y)
+    size = jax.eval_shape(lambda: jax.random.key_data(jax.random.key(0))).shape  # of a raw key
+    words = jax.vmap(lambda k: jax.random.bits(k, size, jnp.uint32))(keys)
+    return ItemPaths(t0, t1, tolerance, shape, words, area)
 
 
 def _evaluations(solver: Any, tried: Any) -> Any:

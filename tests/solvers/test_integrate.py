@@ -14,9 +14,7 @@ from diffjax.testing import flow, gaussian, oracle, smooth_mixture
 MIX = smooth_mixture()
 
 
-@pytest.mark.parametrize(
-    "process", [processes.vp(), processes.ve(), processes.rectified()], ids=["vp", "ve", "rectified"]
-)
+@pytest.mark.parametrize("process", [processes.vp(), processes.ve()], ids=["vp", "ve"])
 def test_the_whole_flow_and_back(process):
     """From exactly t = 1 to exactly t = 0 in float32, and the encoding of the result."""
     d = oracle(MIX, process)
@@ -29,8 +27,8 @@ def test_the_whole_flow_and_back(process):
     assert stats.reached == 0.0 and stats.steps < 20
 
 
-@pytest.mark.parametrize("solver", [diffrax.Tsit5(), diffrax.Dopri8()], ids=["tsit5", "dopri8"])
-def test_evaluations_are_counted(solver):
+@pytest.mark.parametrize(("solver", "steps"), [(diffrax.Tsit5(), None), (diffrax.Euler(), 30)], ids=["tsit5", "euler"])
+def test_evaluations_are_counted(solver, steps):
     calls = []
 
     def net(params, x, t, cond):
@@ -38,20 +36,18 @@ def test_evaluations_are_counted(solver):
         return -params * jnp.sin(x)
 
     d = diffjax.denoiser(net, processes.cosine(), diffjax.from_v, 0.9)
-    _, stats = integrate(None, d, jnp.ones((2, 1)), solver=solver)
+    _, stats = integrate(None, d, jnp.ones((2, 1)), solver=solver, steps=steps)
     jax.effects_barrier()
     assert len(calls) == stats.evaluations > 20
     assert all(0 <= t <= 1 for t in calls)
 
 
-def test_implicit_solver_and_equal_steps():
-    process = processes.vp()
-    x = jax.random.normal(jax.random.key(0), (4, 2))
-    exact = flow(MIX, process, x, 1.0, 0.0)
-    end, stats = integrate(None, oracle(MIX, process), x, solver=diffrax.Kvaerno5(), rtol=1e-4, atol=1e-4)
-    assert np.abs(end - exact).max() < 1e-3 and stats.evaluations == -1
-    end, stats = integrate(None, oracle(MIX, process), x, solver=diffrax.Euler(), steps=100)
-    assert 1e-4 < np.abs(end - exact).max() < 3e-2 and stats.evaluations == 100
+def test_implicit_solver():
+    process = processes.rectified()
+    d = diffjax.denoiser(lambda x, t: 0.0 * x + 1.0, process, diffjax.from_x0)  # all data at 1
+    end, stats = integrate(None, d, jnp.array([[2.0]]), 1.0, 0.1, solver=diffrax.Kvaerno5(), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(end, [[0.9 * 1.0 + 0.1 * 2.0]], rtol=1e-3)
+    assert stats.evaluations == -1
 
 
 def test_items_stepped_alone_do_not_depend_on_the_batch():
@@ -113,7 +109,7 @@ def test_reverse_sde_has_the_law_of_the_data(sde):
     assert np.abs(end.mean(axis=0) - mean).max() < 4 * np.sqrt(0.5 / 2048)
     assert np.abs(np.cov(np.asarray(end).T) - cov).max() < 4 * 0.5 * np.sqrt(2 / 2048)
     assert np.abs(np.corrcoef(np.asarray(x)[:, 0], np.asarray(end)[:, 0])[0, 1]) < 0.3  # most of the start is forgotten
-    assert np.all(stats.evaluations == 80) and np.all(stats.reached == np.float32(0.001))
+    assert stats.evaluations == 80 and stats.reached == np.float32(0.001)
 
 
 def test_paths_belong_to_items(sde):
