@@ -68,7 +68,7 @@ def brownian(solver: Solver, depth: int = 20) -> Solver:
         )
     xp, (grid,) = nu.host_float64(solver.grid)
     parts = xp.round(grid * 2**depth).astype(np.int32)
-    interval = np.minimum(np.cumsum(np.append(0, np.asarray(solver.rows.accept)[:-1])), solver.steps - 1)
+    interval = np.minimum(np.cumsum(np.append(0, table.ends_of_steps(solver)[:-1])), solver.steps - 1)
     ends = parts[interval], parts[interval + 1]
     low, high = xp.minimum(*ends), xp.maximum(*ends)
     used = np.arange(len(interval)) < (len(interval) if solver.count is None else solver.count)

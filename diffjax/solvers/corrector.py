@@ -76,7 +76,7 @@ def predictor_corrector(
     a = (k.alpha_t / k.alpha_s) ** 2
     pull, push = -2 * a * snr**2 * k.sigma_s, 2 * k.alpha_t / k.alpha_s * snr * k.sigma_s
     corrector = table.build("predictor_corrector", k, t=k.s, u=(0.0, 1.0), qx=(1.0,), qn=pull, noise=push, keep=False)
-    correct, accept, take = _order(r.accept, k, corrector_steps)
+    correct, accept, take = _order(table.ends_of_steps(solver), k, corrector_steps)
     both = [table.pad(s, s.evaluations, q=r.pd.shape[1], noise=max(table.draws(solver), 1)).rows
             for s in (solver, corrector)]  # fmt: skip
     rows = jax.tree.map(lambda p, c: xp.concatenate([p, c])[take], *both)
@@ -85,9 +85,8 @@ def predictor_corrector(
     return dataclasses.replace(out, rows=CorrectedRows(rows, correct), step=step) if by_norm else out
 
 
-def _order(accepted: Any, k: table.Nodes, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def _order(accepted: np.ndarray, k: table.Nodes, m: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Where m corrector rows follow an accepted row.   Returns: whether a row corrects, ends a step, and its source row."""
-    accepted = np.asarray(accepted)
     noisy = np.asarray(k.sigma_s > 0) if k.xp is np else np.ones(k.t.shape[0], bool)
     correct, accept, take, step_index = [], [], [], 0
     for i, ends in enumerate(accepted):

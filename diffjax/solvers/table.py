@@ -292,6 +292,15 @@ def draws(solver: Solver) -> int:
     return 2 if solver.rows.pz is not None else int(solver.rows.noise is not None)
 
 
+def ends_of_steps(solver: Solver) -> np.ndarray:
+    """Which rows are the last of their step, on the host, [n] bool: `accept`, or if that is traced each step's last row."""
+    accept = solver.rows.accept
+    if not isinstance(accept, jax.core.Tracer):
+        return np.asarray(accept)
+    n = accept.shape[0] // solver.steps  # no row of a traced table is left out
+    return np.tile(np.arange(n) == n - 1, solver.steps)
+
+
 def pad(solver: Solver, rows: int, p: int | None = None, q: int | None = None, noise: int | None = None) -> Solver:
     """The same solver in a table of another shape, so that solvers of different sizes share one compilation.
 
