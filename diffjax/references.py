@@ -144,6 +144,10 @@ PAPERS: dict[str, Paper] = {
     "arXiv:2410.07273": Paper("Wang, Fangyikang and Yin, Hubery and Dong, Yuejiang and Zhu, Huminhao and Zhang, Chao and Zhao, Hanbin "
                               "and Qian, Hui and Li, Chen",
                               2024, "BELM: Bidirectional Explicit Linear Multi-step Sampler for Exact Inversion in Diffusion Models"),
+    "arXiv:2505.21114": Paper("Wang, Shuai and Li, Zexian and Zhang, Qipeng and Song, Tianhui and Li, Xubin and Ge, Tiezheng and others", 2025,
+                              "Differentiable Solver Search for Fast Diffusion Sampling"),
+    "arXiv:2510.02390": Paper("Li, Zilai", 2025, "Hyperparameters are all you need: Using five-step inference for an original diffusion model "
+                              "to generate images comparable to the latest distillation model"),
 }  # fmt: skip
 
 

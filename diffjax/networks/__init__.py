@@ -19,6 +19,7 @@ from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.dit import DiT
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions, sinusoids
+from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.mlp import MLP
 from diffjax.networks.taps import Tap, per_layer, tap_names, tapped
@@ -38,6 +39,7 @@ __all__ = [
     "Tap",
     "TimeCode",
     "UNet",
+    "freeu",
     "from_linen",
     "from_nnx",
     "grid_positions",

@@ -51,7 +51,7 @@ def learn(
     optimizer: Any = None,
     on_step: Callable[[int, float], None] | None = None,
 ) -> Learned:
-    """Train grid and entries of a table.   min  mean over problems of log mean |sample(x) - target|^2
+    """Train grid and entries of a table.   min  mean over problems of rms(sample(x) - target) / that of the table at the start
 
     The grid is `lam_k = lam_0 + (lam_n - lam_0) cumsum(softmax(g))_k` between fixed ends, so that it decreases in time
     whatever g is; free entries are those of `build(process, grid)` plus a learned offset. With no free entries the table
@@ -86,20 +86,22 @@ def learn(
     assemble = lambda p: _assemble(build, process, grid[[0, -1]], {"grid": increments, **p})
 
     @jax.jit
-    def update(params: PyTree, state: PyTree, some: Problems) -> tuple[PyTree, PyTree, jax.Array]:
-        loss, gradient = jax.value_and_grad(lambda p: _loss(assemble(p), some))(params)
-        change, state = optimizer.update(gradient, state, params)
+    def update(params: PyTree, state: PyTree, some: Problems, unit: Any) -> tuple[PyTree, PyTree, jax.Array]:
+        loss, gradient = jax.value_and_grad(lambda p: jnp.mean(_errors(assemble(p), some) / unit))(params)
+        with jax.numpy_dtype_promotion("standard"):  # optax raises floats to integer powers
+            change, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, change), state, loss
 
     optimizer = optimizer or optax.adam(optax.cosine_decay_schedule(rate, steps))
+    units = np.maximum(jax.jit(_errors)(base, problems), 1e-6)
     params = jax.tree.map(jnp.asarray, params)
     state, rng, losses = optimizer.init(params), np.random.default_rng(seed), []
     for i in range(steps):
-        some = problems
+        some = problems, units
         if batch is not None and batch < sizes[0]:
             index = np.sort(rng.choice(sizes[0], batch, replace=False))
-            some = jax.tree.map(lambda a, index=index: a[index], problems)
-        params, state, loss = update(params, state, some)
+            some = jax.tree.map(lambda a, index=index: a[index], some)
+        params, state, loss = update(params, state, *some)
         losses.append(loss)
         if on_step is not None and (i + 1) % 100 == 0:
             on_step(i + 1, float(loss))
@@ -156,16 +158,14 @@ def _scale(xp: Any, rows: Any, name: str) -> Any:
     return size if name == "qn" else size[:, None]
 
 
-def _loss(solver: Solver, problems: Problems) -> Any:
+def _errors(solver: Solver, problems: Problems) -> jax.Array:
+    """Root mean square distance from the target, of every problem.   [M]"""
     import diffjax  # the driver stands above the solvers
 
     run = lambda d, x: diffjax.sample(jax.random.key(0), d, solver, x)
     out = jax.vmap(run)(problems.denoiser, problems.x)
-    squares = [
-        jnp.mean((a - b) ** 2, axis=tuple(range(1, a.ndim)))
-        for a, b in zip(jax.tree.leaves(out), jax.tree.leaves(problems.target), strict=True)
-    ]
-    return jnp.mean(jnp.log(sum(squares)))
+    square = lambda a, b: jnp.mean((a - b) ** 2, axis=tuple(range(1, a.ndim)))
+    return nu.safe_sqrt(sum(jax.tree.leaves(jax.tree.map(square, out, problems.target))))
 
 
 # ------------------------------------------------------------------------------------------------- learned tables as cards

@@ -1,7 +1,7 @@
 """Times: sampling grids `[n+1]`, training-time laws `t ~ p(t)`, weightings `w(process, t)` of the squared x0-error."""
 
 from diffjax.times import laws, weights
-from diffjax.times.grids import cosine, curvature, discrete, karras, log_snr, quadratic, uniform
+from diffjax.times.grids import cosine, curvature, discrete, karras, log_snr, power, quadratic, uniform
 from diffjax.times.laws import TimeLaw
 from diffjax.times.weights import Weighting
 from diffjax.types import Card
@@ -9,6 +9,7 @@ from diffjax.types import Card
 GRIDS = {
     "uniform": Card(lambda process, n, **k: uniform(n, **k), "arXiv:2010.02502#App.D.2", "equal steps in time"),
     "quadratic": Card(lambda process, n, **k: quadratic(n, **k), "arXiv:2010.02502#App.D.2", "shorter towards data"),
+    "power": Card(lambda process, n, **k: power(n, **k), "arXiv:2510.02390", "equal steps in t^(1/rho)"),
     "cosine": Card(lambda process, n, **k: cosine(n, **k), "", "Chebyshev points: shorter at both ends"),
     "log_snr": Card(log_snr, "arXiv:2206.00927#Sec.3.3", "equal steps in log-SNR"),
     "karras": Card(karras, "arXiv:2206.00364#Eq.5", "equal steps in (sigma / alpha)^(1/rho)"),
@@ -62,6 +63,7 @@ __all__ = [
     "karras",
     "laws",
     "log_snr",
+    "power",
     "quadratic",
     "uniform",
     "weights",

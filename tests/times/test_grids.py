@@ -93,7 +93,18 @@ def test_closed_forms():
     x = np.arange(6) / 5
     np.testing.assert_allclose(times.uniform(5, 0.9, 0.1), 0.9 - 0.8 * x, rtol=1e-12)
     np.testing.assert_allclose(times.quadratic(5), (1 - x) ** 2, atol=1e-15)
+    np.testing.assert_allclose(times.power(5, 2.0), times.quadratic(5), atol=1e-15)
+    np.testing.assert_allclose(times.power(5, 1.0, 0.9, 0.1), times.uniform(5, 0.9, 0.1), rtol=1e-12)
     np.testing.assert_allclose(times.cosine(5), np.cos(np.pi * x / 2) ** 2, atol=1e-15)
+
+
+def test_two_nested_karras_grids_are_the_published_five_steps():
+    """Karras (rho 5, 8 levels) on the sigmas of a discrete schedule says where to stop; rho = 1.2 in steps goes there."""
+    p = P.from_betas(np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
+    stop = times.karras(p, 7, rho=5.0, stop=1e-3)[6]
+    t = 1e-3 + times.power(5, 1.2, start=0.999, stop=stop - 1e-3)  # a step k is the time (k + 1) / 1000
+    np.testing.assert_allclose(1000 * t - 1, [999, 772.5, 556.7, 354.2, 170.0, 18.3], atol=0.06)
+    np.testing.assert_allclose(np.exp(-p.log_snr(t)), [14.61, 4.52, 1.96, 1.00, 0.50, 0.13], atol=0.006)
 
 
 def test_discrete_steps_of_the_field():
@@ -134,6 +145,7 @@ def test_discrete_decreases(spacing, n):
         (lambda: times.log_snr(P.vp(), 3, start=1.5), "0 <= stop < start <= 1"),
         (lambda: times.karras(P.vp(), 3, rho=0.0), "rho must be > 0"),
         (lambda: times.karras(P.vp(), 3, stop=float("nan")), "0 <= stop < start <= 1"),
+        (lambda: times.power(3, rho=0.0), "rho must be > 0"),
         (lambda: times.curvature(P.vp(), 3, data_std=-1.0), "data_std must be"),
         (lambda: times.discrete(10, 11), "at most the number of integer steps"),
         (lambda: times.discrete(10, 3, "even"), "spacing must be"),
