@@ -4,7 +4,7 @@ from diffjax.metrics.classifier import Classifier, classifier, load_classifier
 from diffjax.metrics.classify import accuracy, c2st
 from diffjax.metrics.features import FeatureExtractor, check_samples, pixels, random_convolution, user
 from diffjax.metrics.gaussian import frechet, frechet_distance
-from diffjax.metrics.kernels import energy, kid, mmd
+from diffjax.metrics.kernels import energy, kid, median_distance, mmd, mmd_to
 from diffjax.metrics.memory import memorisation
 from diffjax.metrics.neighbours import density_coverage, precision_recall
 from diffjax.metrics.scores import average, distribution_scores, table
@@ -46,10 +46,12 @@ __all__ = [
     "frechet_distance",
     "kid",
     "load_classifier",
+    "median_distance",
     "memorisation",
     "merge_all",
     "merge_moments",
     "mmd",
+    "mmd_to",
     "moments_of",
     "pixels",
     "precision_recall",

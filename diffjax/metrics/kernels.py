@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -118,6 +119,29 @@ def mmd(
         return _unbiased(pairwise.RBF, ref, x, jnp.float32(1 / (2 * h * h)), chunk=chunk)
 
     return over_reference(reference, extractor or pixels(), finish, least=2)
+
+
+def mmd_to(reference: Any, bandwidth: float | None = None) -> Callable[[Any], jax.Array]:
+    """`mmd` on raw values as a JAX function `x [n, d] -> MMD^2`, to be compiled, mapped and searched with.
+
+    Holds all pairs at once: for a few thousand items. Smaller than `mmd` in precision (one float32 sum), equal in value.
+
+    Args: reference: [N, d], N >= 2.   bandwidth: > 0, default the median distance within the reference.
+    Reference: Gretton et al. 2012 (JMLR 13), Eq. 3
+
+    Example:
+        >>> x = jnp.array([[0.0], [1.0], [2.0]])
+        >>> bool(mmd_to(x)(x + 5) > mmd_to(x)(x + 1) > mmd_to(x)(x))
+        True
+    """
+    h = bandwidth or median_distance(reference)
+    if not h > 0:
+        raise ValueError(f"bandwidth, by default the median distance within the reference, must be positive; got {h}")
+    reference = jnp.asarray(reference)
+    kernel = lambda a, b: jnp.exp(-jnp.sum((a[:, None] - b[None]) ** 2, -1) / (2 * h * h))
+    pairs = lambda k: (k.sum() - len(k)) / (len(k) * (len(k) - 1))
+    inside = pairs(kernel(reference, reference))
+    return lambda x: pairs(kernel(x, x)) + inside - 2 * kernel(x, reference).mean()
 
 
 def energy(reference: Any, extractor: FeatureExtractor | None = None, *, chunk: int | None = None) -> Metric:

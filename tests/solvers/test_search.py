@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import diffjax
-from diffjax import processes, solvers, times
+from diffjax import metrics, processes, solvers, times
 from diffjax.solvers import search
 from diffjax.testing import oracle, smooth_mixture
 
@@ -58,6 +58,16 @@ def test_a_search_compiles_once_and_shares_what_denoisers_share(tables):
     assert len(traces) == 1
     want = [energy(diffjax.sample(jax.random.key(0), gated(g), s, x)) for g, s in zip(gates, tables, strict=True)]
     np.testing.assert_allclose(got, want, rtol=1e-5)
+
+
+def test_the_compiled_mmd_is_the_metric():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(60, 2)).astype(np.float32), 0.5 + rng.normal(size=(40, 2)).astype(np.float32)
+    for h in (None, 0.4):
+        want = metrics.score(metrics.mmd(a, bandwidth=h), b)
+        np.testing.assert_allclose(jax.jit(metrics.mmd_to(a, h))(b), want, rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match="bandwidth"):
+        metrics.mmd_to(np.zeros((4, 2)))
 
 
 def test_bad_scores(tables):
