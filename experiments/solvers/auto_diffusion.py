@@ -35,7 +35,7 @@ RECIPE = Recipe(
     },
     minutes=2,
 )
-PROCESS, STEPS, BLOCKS, POOL = processes.cosine(), 5, 6, 100
+PROCESS, STEPS, BLOCKS, POOL = processes.vp(), 5, 6, 100
 
 
 class Net(nn.Module):
@@ -66,7 +66,9 @@ def train(dataset, steps, width):
     optimizer = training.adamw(training.optimizer.linear_tail(3e-3, steps, warmup=steps // 10), clip=1.0)
     emas = {"mean": training.ema.decay(0.995 if steps > 500 else 0.9)}
     model = lambda params: diffjax.denoiser(net, PROCESS, diffjax.from_v, params)
-    step = training.make_train_step(model, losses.v_prediction(label_drop=0.0), optimizer, emas=emas, condition=no_label)
+    step = training.make_train_step(
+        model, losses.v_prediction(label_drop=0.0), optimizer, emas=emas, condition=no_label
+    )
     state = training.init_state(params, optimizer, 1, emas=emas)
     with data.batches(dataset, "train", 512, seed=0) as batches, open(os.devnull, "w") as quiet:
         end = training.fit(state, step, batches, steps=steps, devices=jax.devices()[:1], stream=quiet)
@@ -92,7 +94,7 @@ def grid_of(inner):
 
 def run(preset):
     full = preset == "full"
-    n, population, generations, seeds, training_steps = (512, 40, 10, 6, 4000) if full else (32, 4, 2, 2, 20)
+    n, population, generations, seeds, training_steps = (512, 32, 8, 6, 3000) if full else (32, 4, 2, 2, 20)
     dataset = data.load("checkerboard")
     net, weights = train(dataset, training_steps, 64 if full else 8)
     make, whole = skipping(net), np.ones((STEPS, BLOCKS), bool)
