@@ -23,7 +23,7 @@ import numpy as np
 import diffjax
 from diffjax import data, losses, metrics, networks, processes, solvers, training
 from diffjax.networks.embeddings import sinusoids
-from diffjax.solvers import search
+from diffjax.solvers import encodings
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
@@ -122,15 +122,15 @@ def run(preset):
         return score
 
     score = score_on(noise(0, n), mmd_to(real(1, 4 * n)))
-    steps = search.subsets(POOL - 1, STEPS - 1)
+    steps = encodings.subsets(POOL - 1, STEPS - 1)
     options = {"population": population, "generations": generations, "parents": max(2, population // 5)}
     first = solvers.evolve(steps, lambda cs: score([(c, whole) for c in cs]), seed=0, **options)
 
-    masks = search.masks((STEPS, BLOCKS), keep=int(0.6 * STEPS * BLOCKS))
+    masks = encodings.masks((STEPS, BLOCKS), keep=int(0.6 * STEPS * BLOCKS))
     rng = np.random.default_rng(1)
     start = [(first.best, masks.draw(rng)) for _ in range(population)]
     second = solvers.evolve(
-        search.joint(steps, masks), score, seed=1, start=start, **options | {"generations": 2 * generations}
+        encodings.joint(steps, masks), score, seed=1, start=start, **options | {"generations": 2 * generations}
     )
 
     uniform = np.round(np.arange(1, STEPS) * POOL / STEPS).astype(int) - 1

@@ -16,7 +16,7 @@ import numpy as np
 
 import diffjax
 from diffjax import metrics, processes, solvers, testing, times
-from diffjax.solvers import Decisions, search
+from diffjax.solvers import Decisions, encodings
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
@@ -42,7 +42,7 @@ POOL = times.log_snr(PROCESS, 40, stop=STOP)  # the times that a schedule may us
 
 FIELDS = {"order": 4, "eps": 2, "spare": 3, "mean": 2, "corrector": 2}
 COUNTS = np.repeat(list(FIELDS.values()), NFE)
-SPACE = search.joint(search.subsets(len(POOL) - 2, NFE - 1), search.choices(COUNTS))
+SPACE = encodings.joint(encodings.subsets(len(POOL) - 2, NFE - 1), encodings.choices(COUNTS))
 
 
 def solver(candidate):

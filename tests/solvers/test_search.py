@@ -10,7 +10,7 @@ import pytest
 
 import diffjax
 from diffjax import metrics, processes, solvers, times
-from diffjax.solvers import search
+from diffjax.solvers import encodings, search
 from diffjax.testing import oracle, smooth_mixture
 
 PROCESS = processes.cosine()
@@ -82,12 +82,12 @@ def test_bad_scores(tables):
 
 
 ENCODINGS = {
-    "subsets": (search.subsets(9, 4), lambda c: c.shape == (4,) and np.all(np.diff(c) > 0) and 0 <= c[0] and c[-1] < 9),
-    "masks": (search.masks((3, 4), 5), lambda c: c.shape == (3, 4) and c.dtype == bool and c.sum() == 5),
-    "all": (search.masks((2, 2), 4), lambda c: c.all()),
-    "choices": (search.choices([1, 5, 2]), lambda c: np.all((c >= 0) & (c < [1, 5, 2]))),
+    "subsets": (encodings.subsets(9, 4), lambda c: c.shape == (4,) and np.all(np.diff(c) > 0) and 0 <= c[0] and c[-1] < 9),
+    "masks": (encodings.masks((3, 4), 5), lambda c: c.shape == (3, 4) and c.dtype == bool and c.sum() == 5),
+    "all": (encodings.masks((2, 2), 4), lambda c: c.all()),
+    "choices": (encodings.choices([1, 5, 2]), lambda c: np.all((c >= 0) & (c < [1, 5, 2]))),
     "joint": (
-        search.joint(search.subsets(5, 4), search.masks((2,), 1)), lambda c: c[0].shape == (4,) and c[1].sum() == 1
+        encodings.joint(encodings.subsets(5, 4), encodings.masks((2,), 1)), lambda c: c[0].shape == (4,) and c[1].sum() == 1
     ),
 }  # fmt: skip
 
@@ -108,10 +108,10 @@ def test_candidates_stay_in_their_space(name):
 def test_crossover_takes_from_both_parents():
     rng = np.random.default_rng(0)
     a, b = np.array([0, 1, 2]), np.array([6, 7, 8])
-    assert all(set(search.subsets(9, 3).cross(rng, a, b)) <= {0, 1, 2, 6, 7, 8} for _ in range(20))
+    assert all(set(encodings.subsets(9, 3).cross(rng, a, b)) <= {0, 1, 2, 6, 7, 8} for _ in range(20))
     both = np.array([True, True, False, False, False])
     other = np.array([True, False, True, False, False])
-    assert all(search.masks((5,), 2).cross(rng, both, other)[0] for _ in range(20))
+    assert all(encodings.masks((5,), 2).cross(rng, both, other)[0] for _ in range(20))
 
 
 def hard(candidates):
@@ -120,7 +120,7 @@ def hard(candidates):
     return [np.abs(c - secret).sum() + 2 * (np.diff(c) == 1).sum() for c in candidates]
 
 
-SPACE = search.subsets(12, 4)
+SPACE = encodings.subsets(12, 4)
 BEST = min(hard([np.array(c) for c in itertools.combinations(range(12), 4)]))
 
 
@@ -159,15 +159,17 @@ def test_start_is_evaluated_first_and_nan_is_worst():
 
 
 def test_an_exhausted_space_ends_quietly():
-    found = solvers.evolve(search.choices([2, 2]), lambda cs: [c.sum() for c in cs], population=8, generations=4)
+    found = solvers.evolve(encodings.choices([2, 2]), lambda cs: [c.sum() for c in cs], population=8, generations=4)
     assert len(found.scores) == 4 and found.score == 0
-    found = solvers.predict_and_search(search.choices([2, 2]), lambda cs: [c.sum() for c in cs], lambda c: c, rounds=3)
+    found = solvers.predict_and_search(
+        encodings.choices([2, 2]), lambda cs: [c.sum() for c in cs], lambda c: c, rounds=3
+    )
     assert len(found.scores) == 4
 
 
 def test_the_predictor_ranks_better_than_chance():
     """Guided search needs fewer evaluations than random draws for the same score, over several seeds."""
-    space = search.choices([4] * 10)
+    space = encodings.choices([4] * 10)
     target = np.random.default_rng(5).integers(4, size=10)
     weight = np.linspace(0.2, 2, 10)
     score = lambda cs: [float(weight @ (c != target)) for c in cs]
@@ -182,9 +184,9 @@ def test_the_predictor_ranks_better_than_chance():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: search.subsets(4, 4), "1 <= size < pool"),
-        (lambda: search.masks((2,), 3), "1 <= keep <= 2"),
-        (lambda: search.choices([]), "positive counts"),
+        (lambda: encodings.subsets(4, 4), "1 <= size < pool"),
+        (lambda: encodings.masks((2,), 3), "1 <= keep <= 2"),
+        (lambda: encodings.choices([]), "positive counts"),
         (lambda: solvers.evolve(SPACE, hard, population=0), "population must be at least 1"),
         (lambda: solvers.evolve(SPACE, hard, fresh=2.0), "fresh, the share of new draws"),
         (lambda: solvers.evolve(SPACE, lambda cs: 1.0), "one number for each of 32 candidates"),
