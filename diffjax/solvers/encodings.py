@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,7 +72,7 @@ def masks(shape: tuple[int, ...], keep: int, rate: float = 0.15) -> Encoding:
     return Encoding(lambda rng: full(which.draw(rng)), lambda rng, c: full(which.mutate(rng, np.flatnonzero(c))), cross)
 
 
-def choices(counts: Sequence[int], rate: float = 0.2) -> Encoding:
+def choices(counts: Any, rate: float = 0.2) -> Encoding:
     """Integers with entry i in 0 .. counts[i] - 1: categorical decisions, such as those of `unified`.
 
     Mutation draws each entry anew with probability `rate`, one at least; crossover takes each from either parent.

@@ -139,6 +139,10 @@ def run(preset):
     floors = [mmd_to(real(1000 + s, 8 * n))(real(3000 + s, 4 * n)) for s in range(seeds)]
     floor = 2 * np.std(floors) / np.sqrt(seeds)  # two standard errors of data against data
     uniform_, searched, joint, *random = np.maximum(held.mean(0), floor)
+    end, x = jax.jit(diffjax.sample), noise(4000, n)
+    draw = lambda inner, mask: end(
+        jax.random.key(0), make(weights, grid_of(inner), mask), solvers.ddim(PROCESS, grid_of(inner)), x
+    )
     return {
         "mmd_uniform_over_searched": np.sqrt(uniform_ / searched),
         "mmd_random_masks_over_joint": np.sqrt(np.median(random) / joint),
@@ -149,4 +153,8 @@ def run(preset):
         "mmd2_best_random_mask": min(random),
         "mmd2_floor": floor,
         "evaluations": len(first.scores) + len(second.scores),
+        "data_grid": real(5, n),
+        "uniform_grid": draw(uniform, whole),
+        "searched_grid": draw(first.best, whole),
+        "joint_grid": draw(*second.best),
     }
