@@ -1,4 +1,8 @@
-"""Exactly reversible solvers: coupled or two-step tables whose run from data to noise undoes the run from noise to data."""
+"""Exactly reversible solvers: coupled or two-step tables whose run from data to noise undoes the run from noise to data.
+
+The `inverse=True` of `ddim`, `dpmpp` and the other tables is another thing: the method on the reversed grid, which evaluates
+the network at other states and so returns to the start only up to the method's own error.
+"""
 
 from __future__ import annotations
 
