@@ -91,7 +91,7 @@ def amplification(process: Process, solver: Solver) -> float:
 
     max over i <= j of | A_i^-1 ... A_j^-1 |, with A the matrix of a whole row: d is linear in y for standard normal data,
     x0 = alpha y / (alpha^2 + sigma^2), eps = sigma y / (alpha^2 + sigma^2), and states are measured in units of
-    sqrt(alpha^2 + sigma^2). EDICT with mixing p has p^{-2N}.
+    sqrt(alpha^2 + sigma^2). EDICT with mixing p has about p^{-2N} alpha_start / alpha_end. Data with sharp modes add to it.
     """
     rows = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), solver.rows)
     alpha, sigma = (np.asarray(f(rows.t), np.float64) for f in (process.alpha, process.sigma))
