@@ -156,7 +156,3 @@ __all__ = [
     "stack",
     "unified",
 ]
-    "CATALOGUE", "EPS", "V", "X0", "ancestral", "annealed_langevin", "brownian", "compact", "ddim", "ddpm", "dpmpp",
-    "edm_heun", "euler", "euler_maruyama", "exp_ab", "heun", "integrate", "langevin", "load_table", "pad",
-    "predictor_corrector", "reverse_diffusion", "save_table", "sra1", "stack",
-]  # fmt: skip

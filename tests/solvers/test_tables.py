@@ -31,21 +31,37 @@ def run_stack(tables, denoiser, x):
     )
 
 
-@pytest.fixture(scope="module")
-def errors():
-    """rms error of every deterministic method on cosine at 80 and 160 steps, float64: one compilation for each."""
+def rms_errors(counts):
+    """rms error of every deterministic method on cosine for each number of steps, all in one compiled call."""
     process, start, stop = processes.cosine(), 0.9, 0.1
     names = [*DETERMINISTIC, "edm_heun"]
+    x, _ = draw(jax.random.key(1), MIX, 16, process, start)
+    exact = flow(MIX, process, x, start, stop)
+    grids = [times.log_snr(process, n, start=start, stop=stop) for n in counts]
+    tables = [build(name, process, grid) for name in names for grid in grids]
+    end = np.asarray(run_stack(tables, oracle(MIX, process), x), np.float64)
+    errors = np.sqrt(((end - exact) ** 2).sum(-1).mean(-1)).reshape(len(names), len(counts))
+    return dict(zip(names, errors, strict=True))
+
+
+@pytest.fixture(scope="module")
+def errors():
     with jax.enable_x64(True):
-        x, _ = draw(jax.random.key(1), MIX, 16, process, start)
-        exact = flow(MIX, process, x, start, stop)
-        out = {}
-        for n in (80, 160):
-            grid = times.log_snr(process, n, start=start, stop=stop)
-            end = run_stack([build(name, process, grid) for name in names], oracle(MIX, process), x)
-            for name, e in zip(names, np.asarray(end), strict=True):
-                out.setdefault(name, []).append(np.sqrt(((e - exact) ** 2).sum(-1).mean()))
-    return out
+        return rms_errors((80, 160))
+
+
+@pytest.fixture(scope="module")
+def float32_errors():
+    return rms_errors((10, 25, 50, 100, 200))
+
+
+@pytest.mark.parametrize("name", [*DETERMINISTIC, "edm_heun"])
+def test_float32_error_falls_to_its_floor_and_stays(name, float32_errors):
+    e = float32_errors[name]
+    least = np.minimum.accumulate(e)
+    floor = 1e-6  # about eight roundings of a state of this size
+    assert np.all(e[1:] < 2 * np.maximum(least[:-1], floor)), e
+    assert e[-1] < (0.05 if CATALOGUE[name].order == 1 else 2e-3)
 
 
 @pytest.mark.parametrize("name", [*DETERMINISTIC, "edm_heun"])
@@ -271,7 +287,9 @@ def test_traced_grid_builds_the_same_table(x64):
     for name in DETERMINISTIC:
         host = CATALOGUE[name].build(process, grid)
         # traced as under jit, then evaluated operation by operation: compiling every builder would take a minute
-        traced, tree = jax.make_jaxpr(lambda g, name=name: CATALOGUE[name].build(process, g).rows, return_shape=True)(grid)
+        traced, tree = jax.make_jaxpr(lambda g, name=name: CATALOGUE[name].build(process, g).rows, return_shape=True)(
+            grid
+        )
         traced = jax.tree.unflatten(jax.tree.structure(tree), jax.core.eval_jaxpr(traced.jaxpr, traced.consts, grid))
         for a, b in zip(jax.tree.leaves(host.rows), jax.tree.leaves(traced), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-12)
