@@ -94,17 +94,23 @@ def cosine(n: Any, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
 
 
 def spaced_in_log_snr(
-    process: Process, n: Any, start: Scalar, stop: Scalar, place: Callable[[Any, Any, Any, Any], Any]
+    process: Process,
+    n: Any,
+    start: Scalar,
+    stop: Scalar,
+    place: Callable[[Any, Any, Any, Any], Any],
+    apart: bool = True,
 ) -> Any:
     """A grid whose log-SNR is `place(xp, low, high, x)` for `x` equally spaced in [0, 1], from `low` (noise) to `high`.
 
-    Infinite ends are replaced by those of `process.ends()` and added as points of their own.
+    Infinite ends are replaced by those of `process.ends()` and, if `apart`, added as points of their own; else the first
+    and last points move to them.
     """
     check(n, start, stop)
     xp, (start, stop, _) = nu.host_float64(start, stop, process.params)
     low, high = process.log_snr(start), process.log_snr(stop)
     noise, data = xp.isinf(low), xp.isinf(high)
-    before, after = noise.astype(low.dtype), data.astype(low.dtype)
+    before, after = (c.astype(low.dtype) * float(apart) for c in (noise, data))
     data_bound, noise_bound = (process.log_snr(xp.asarray(t)) for t in process.ends())
     # The other end may lie outside the bound: keep one unit of log-SNR between them.
     low = xp.where(noise, xp.minimum(noise_bound, xp.where(data, data_bound, high) - 1), low)
@@ -160,11 +166,22 @@ HEIGHTS = np.array([-0.1, 0.0, 0.4, 0.7, 0.4, 0.1, -0.5, -0.9])
 WIDTH = 1.1
 
 
-def curvature(process: Process, n: Any, data_std: Scalar = 1.0, start: Scalar = 1.0, stop: Scalar = 0.0) -> Any:
-    """A grid in log-SNR that is denser where trajectories bend: equal-mass quantiles of a fixed density rho.
+def curvature(
+    process: Process,
+    n: Any,
+    data_std: Scalar = 1.0,
+    start: Scalar = 1.0,
+    stop: Scalar = 0.0,
+    *,
+    heights: Any = HEIGHTS,
+    apart: bool = True,
+) -> Any:
+    """A grid in log-SNR that is denser where trajectories bend: equal-mass quantiles of a density rho.
 
     log rho(l) = sum_j h_j exp(-(l - log c - m_j)^2 / (2 1.1^2)),  l = log(sigma / alpha),  c = data_std
-    Args: process: any.   n: >= 1 steps.   data_std: > 0, of the data.   start, stop: as `log_snr`.
+    Args: process: any.   n: >= 1 steps.   data_std: > 0, of the data.   start, stop: as `log_snr`.   heights: [8], h_j; rho
+    is constant beyond the outer centres m_j = -4 and 4.6.   apart: whether an end at infinite log-SNR is a point beside the
+    finite bound that `log_snr` uses there, or replaces it.
     Raises: ValueError: a concrete `data_std` that is not positive.
 
     Example:
@@ -178,14 +195,15 @@ def curvature(process: Process, n: Any, data_std: Scalar = 1.0, start: Scalar = 
 
     def place(xp: Any, low: Any, high: Any, x: Any) -> Any:
         lam = low + xp.asarray(np.linspace(0, 1, 1025), low.dtype) * (high - low)
-        centres, heights = (xp.asarray(a[:, None], low.dtype) for a in (CENTRES, HEIGHTS))
-        bumps = xp.exp(-(((-lam - xp.log(data_std))[None] - centres) ** 2) / (2 * WIDTH**2))
-        density = xp.exp(xp.sum(heights * bumps, 0))
+        centres, peaks = (xp.asarray(a, low.dtype)[:, None] for a in (CENTRES, heights))
+        l = xp.clip(-lam - xp.log(data_std), CENTRES[0], CENTRES[-1])
+        bumps = xp.exp(-((l[None] - centres) ** 2) / (2 * WIDTH**2))
+        density = xp.exp(xp.sum(peaks * bumps, 0))
         mass = xp.cumsum(0.5 * (density[1:] + density[:-1]))
         mass = xp.concatenate([xp.zeros_like(mass[:1]), mass / mass[-1]])
         return xp.interp(x, mass, lam)
 
-    return spaced_in_log_snr(process, n, start, stop, place)
+    return spaced_in_log_snr(process, n, start, stop, place, apart)
 
 
 def discrete(process: Any, n: Any, spacing: str = "leading", start: Scalar = 1.0, stop: Scalar = 0.0) -> np.ndarray:

@@ -83,9 +83,9 @@ def test_curvature_has_equal_masses(data_std):
     m, th = np.linspace(-4, 4.6, 8), [-0.1, 0, 0.4, 0.7, 0.4, 0.1, -0.5, -0.9]
     masses = []
     for high, low in zip(-p.log_snr(t[:-1]), -p.log_snr(t[1:]), strict=True):
-        l = np.linspace(low, high, 4001) - np.log(data_std)
+        l = np.clip(np.linspace(low, high, 4001) - np.log(data_std), -4, 4.6)
         rho = np.exp(sum(h * np.exp(-((l - c) ** 2) / (2 * 1.1**2)) for h, c in zip(th, m, strict=True)))
-        masses.append(np.trapezoid(rho, l))
+        masses.append(np.trapezoid(rho, np.linspace(low, high, 4001)))
     np.testing.assert_allclose(masses, np.mean(masses), rtol=1e-4)
 
 
