@@ -156,3 +156,21 @@ __all__ = [
     "stack",
     "unified",
 ]
+from diffjax.solvers.recommended import CARDS as RECOMMENDED
+from diffjax.solvers.recommended import exp_abm, recommended
+from diffjax.solvers.runge_kutta import edm_heun, heun
+from diffjax.solvers.table import compact, load_table, pad, save_table, stack
+from diffjax.types import Card
+
+CATALOGUE: dict[str, Card] = {
+    **onestep.CARDS,
+    **runge_kutta.CARDS,
+    **multistep.CARDS,
+    **adams.CARDS,
+    **RECOMMENDED,
+}
+
+__all__ = [
+    "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun", "euler", "exp_ab", "exp_abm",
+    "heun", "load_table", "pad", "recommended", "save_table", "stack",
+]  # fmt: skip

@@ -51,8 +51,7 @@ def exp_abm(
         >>> exp_abm(processes.cosine(), times.log_snr(processes.cosine(), 10)).rows.qd.shape
         (10, 3)
 
-    Reference: a corrector without evaluations: Zhao et al. 2023, arXiv:2302.04867, Algorithm 1; Adams methods: Hairer,
-    Norsett and Wanner 1993, Section III.1.
+    Reference: a corrector without evaluations as in Zhao et al. 2023, arXiv:2302.04867; angle, value and weight are our own.
     """
     _check(order, corrector, data_std)
     k = table.nodes(process, grid, inverse, data_std)
@@ -125,3 +124,95 @@ def _weights(xp: Any, start: Any, end: Any, nodes: list[Any], use: list[Any], fl
         scale = xp.where(use[j] & ~flat, xp.sin(node), 1.0)
         out.append(xp.where(use[j], (measure * basis).sum(axis=1) / scale, 0.0))
     return out
+
+
+# ------------------------------------------------------------------------------------------------------------ the rule
+
+# Heights of the density of `times.curvature` at these numbers of evaluations, between them linear in log(evaluations).
+EVALUATIONS = (5, 10, 20, 50)
+HEIGHTS = np.array([
+    [-0.62, -0.45, 1.37, 0.4, 0.65, 0.9, -1.0, -0.8],
+    [-0.5, 0.18, 0.5, 0.65, 1.0, -0.5, -0.05, -0.65],
+    [0.3, 0.2, 1.0, 0.8, 1.2, 0.0, 0.3, -0.2],
+    [0.1, 0.3, 1.0, 0.9, 1.2, 0.0, 0.1, -0.2],
+])  # fmt: skip
+# (order, corrector) below so many evaluations: without guidance, with it, and with a weight above STRONG
+PLAIN = ((7, (3, 3)), (11, (3, 4)), (20, (4, 5)), (math.inf, (5, 5)))
+GUIDED = ((12, (2, 3)), (25, (3, 4)), (50, (4, 5)), (math.inf, (5, 5)))
+STRONG, STRONGLY = 5.0, ((8, (1, 2)), *GUIDED)
+
+
+def orders(evaluations: int, guidance: Scalar = 1.0) -> tuple[int, int]:
+    """`(order, corrector)` of the rule: both grow with the evaluations, later under guidance, which amplifies errors."""
+    bounds = PLAIN if guidance <= 1 else GUIDED if guidance <= STRONG else STRONGLY
+    return next(pair for bound, pair in bounds if evaluations < bound)
+
+
+def heights(evaluations: int) -> np.ndarray:
+    """The heights of the density that the rule spaces its grid by.   [8]"""
+    n = np.clip(evaluations, EVALUATIONS[0], EVALUATIONS[-1])
+    return np.array([np.interp(np.log(n), np.log(EVALUATIONS), column) for column in HEIGHTS.T])
+
+
+def on_grid(
+    process: Process, grid: Any, data_std: Scalar = 1.0, guidance: Scalar = 1.0, *, inverse: bool = False
+) -> Solver:
+    """The method that `recommended` takes for as many steps, on a grid of your own; arguments as there and in `exp_abm`."""
+    return exp_abm(process, grid, *orders(np.shape(grid)[0] - 1, _weight(guidance)), data_std, inverse=inverse)
+
+
+def _weight(guidance: Any) -> float:
+    """The largest concrete weight, or a ValueError."""
+    if isinstance(guidance, jax.core.Tracer):
+        raise ValueError("guidance chooses the order and must be concrete; give its largest value as a float")
+    weight = float(np.max(guidance))
+    if not math.isfinite(weight):
+        raise ValueError(f"guidance must be finite; got {guidance!r}")
+    return weight
+
+
+def recommended(
+    process: Process,
+    evaluations: int,
+    *,
+    data_std: Scalar = 1.0,
+    guidance: Scalar = 1.0,
+    start: Scalar = 1.0,
+    stop: Scalar = 0.0,
+) -> Solver:
+    """The solver to take unless you know better: `exp_abm` with its order and its grid chosen by one fixed rule.
+
+    The grid is `times.curvature` with `heights(evaluations)`, the orders are `orders(evaluations, guidance)`.
+
+    Args: process: Gaussian.   evaluations: >= 1, of the denoiser.   data_std: > 0, of the data that the denoiser was trained
+    on, 1 for standardised data; a factor of two costs little.   guidance: the largest weight of classifier-free guidance;
+    1 is none.   start, stop: times, 0 <= stop < start <= 1; infinite log-SNR at either is fine.
+    Returns: a table of `evaluations` rows.
+    Raises: ValueError: evaluations, data_std, guidance, start or stop out of range.
+
+    Example:
+        >>> from diffjax import processes
+        >>> recommended(processes.cosine(), 10).evaluations
+        10
+    """
+    check(evaluations, start, stop)
+    grid = curvature(process, evaluations, data_std, start, stop, heights=heights(evaluations), apart=False)
+    return on_grid(process, grid, data_std, guidance)
+
+
+CARDS = {
+    f"exp_abm{order}_{corrector}": Card(
+        table.options(exp_abm, order=order, corrector=corrector),
+        "arXiv:2302.04867",
+        f"Adams with {order} nodes in the angle, corrector with {corrector}",
+        3,
+        1,
+        exact=("gaussian",),
+    )
+    for order, corrector in ((2, 3), (4, 5), (5, 5))
+} | {
+    "recommended": Card(
+        on_grid, "arXiv:2302.04867", "the rule's orders for as many steps; `recommended` has its grid too", 3, 1,
+        exact=("gaussian",),
+    )
+}  # fmt: skip

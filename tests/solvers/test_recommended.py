@@ -1,0 +1,173 @@
+"""The recommended solver: its method against a textbook loop, and its rule against the errors that were measured of peers."""
+
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import diffjax
+import experiments
+from diffjax import processes, solvers, times
+from diffjax.solvers.recommended import EVALUATIONS, HEIGHTS, heights, on_grid, orders
+from diffjax.testing import flow, gaussian, mixture, oracle
+
+BAR = pathlib.Path(experiments.__file__).parent / "benchmarks" / "solver_bar_2d.json"
+LIMITS = {
+    5: (1.0, 1.0),
+    8: (1.0, 1.0),
+    10: (0.6, 0.85),
+    15: (0.6, 0.6),
+    20: (0.4, 0.4),
+    30: (0.25, 0.25),
+    50: (0.1, 0.1),
+}
+COSINE = processes.cosine()
+
+
+@pytest.fixture(scope="module")
+def bar():
+    """Problem, start and the best peer's (rms, median) at each number of evaluations."""
+    data = json.loads(BAR.read_text())
+    p = data["problem"]
+    weights, means, stds = (np.array(p[k]) for k in ("weights", "means", "std"))
+    rng = np.random.RandomState(p["seed_start"])
+    k = rng.choice(len(weights), p["batch"], p=weights / weights.sum())
+    x0 = means[k] + stds[k][:, None] * rng.randn(p["batch"], 2)
+    x = x0 + p["sigma_max"] * rng.randn(p["batch"], 2)
+    best = {}
+    for n in LIMITS:
+        peers = [e[str(n)] for e in data["peers"].values() if str(n) in e]
+        peers = np.array([e for e in peers if e[0] <= n and np.all(np.isfinite(e[1:3]))])
+        best[n] = peers[:, 1].min(), peers[:, 2].min()
+    return mixture(weights, means, stds), processes.ve(p["sigma_min"], p["sigma_max"]), x, best
+
+
+@pytest.fixture(scope="module")
+def ends(bar):
+    """What every number of evaluations reaches from the bar's start, in float64 and from one compilation."""
+    m, process, x, _ = bar
+    with jax.enable_x64(True):
+        tables = solvers.stack([solvers.recommended(process, n) for n in LIMITS])
+        run = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
+        end = np.asarray(run(jax.random.key(0), oracle(m, process), tables, jnp.asarray(x)))
+    return dict(zip(LIMITS, end, strict=True)), flow(m, process, x, 1.0, 0.0, tolerance=1e-10)
+
+
+@pytest.mark.parametrize("n", LIMITS)
+def test_beats_the_best_measured_peer(n, bar, ends):
+    best, (end, exact) = bar[3], ends
+    error = ((end[n] - exact) ** 2).sum(-1)
+    got = np.sqrt(error.mean()) / best[n][0], np.sqrt(np.median(error)) / best[n][1]
+    assert got[0] <= LIMITS[n][0] and got[1] <= LIMITS[n][1], got
+
+
+def textbook(predict, alpha, sigma, x, order, corrector, c):
+    """The scheme in y and theta, step by step: Lagrange polynomials through D = d / sin(theta), integrated by brute force."""
+    theta, r = np.arctan2(sigma, c * alpha), np.hypot(c * alpha, sigma)
+    q, w = np.polynomial.legendre.leggauss(40)
+
+    def advance(y, i, nodes, values):
+        a, b = theta[i], theta[i + 1]
+        points = (a + b) / 2 + (b - a) / 2 * q
+        through = 0.0
+        for t, v in zip(nodes, values, strict=True):
+            basis = np.ones_like(points)
+            for o in nodes:
+                basis = basis * (1.0 if o == t else (points - o) / (t - o))
+            through = through + v[None] * basis[:, None, None]
+        return y - ((b - a) / 2 * w * np.sin(points)).dot(through.reshape(len(q), -1)).reshape(y.shape)
+
+    y, kept, start = x / r[0], [], None
+    for i in range(len(theta) - 1):
+        p = predict(y * r[i], i)
+        kept = [(theta[i], (sigma[i] * p.x0 / c - c * alpha[i] * p.eps) / r[i] / np.sin(theta[i])), *kept]
+        if corrector and i:
+            y = advance(start, i - 1, *zip(*kept[:corrector], strict=True))
+        start, y = y, advance(y, i, *zip(*kept[:order], strict=True))
+    return y * r[-1]
+
+
+@pytest.mark.parametrize(("order", "corrector", "c"), [(2, 3, 1.0), (3, 3, 0.6), (3, 4, 2.0), (3, 0, 1.0), (5, 5, 1.0)])
+def test_is_the_textbook_scheme(order, corrector, c, x64):
+    process = processes.vp()
+    m = mixture([1, 2], [[-1.0, 0.3], [0.5, 0.2]], stds=[0.4, 0.6])
+    d = oracle(m, process)
+    grid = times.log_snr(process, 8, start=0.98, stop=0.02)
+    x = np.random.RandomState(0).randn(4, 2)
+    got = diffjax.sample(jax.random.key(0), d, solvers.exp_abm(process, grid, order, corrector, c), x)
+    predict = lambda x, i: jax.tree.map(np.asarray, d(jnp.asarray(x), grid[i]))
+    expected = textbook(predict, process.alpha(grid), process.sigma(grid), x, order, corrector, c)
+    np.testing.assert_allclose(got, expected, rtol=1e-9)
+
+
+@pytest.mark.parametrize("n", [1, 2, 6, 40])
+def test_gaussian_data_of_that_deviation_is_exact(n, x64):
+    c = 0.7
+    m = gaussian([0.0, 0.0, 0.0], c**2)
+    x = np.random.RandomState(1).randn(5, 3)
+    s = solvers.recommended(COSINE, n, data_std=c)
+    got = diffjax.sample(jax.random.key(0), oracle(m, COSINE), s, x)
+    np.testing.assert_allclose(got, c * x, rtol=1e-10)
+
+
+@pytest.mark.parametrize("name", sorted(processes.CATALOGUE))
+def test_has_as_many_rows_as_evaluations_and_ends_exactly(name):
+    process = processes.CATALOGUE[name].build()
+    for start, stop in [(1.0, 0.0), (0.9, 0.1), (0.003, 0.0), (1.0, 0.995)]:
+        for n in (1, 2, 3, 4, 5, 9, 33):
+            s = solvers.recommended(process, n, start=start, stop=stop, guidance=1.0 + n % 2)
+            assert s.evaluations == s.steps == n
+            assert s.grid[0] == start and s.grid[-1] == stop and np.all(np.diff(s.grid) < 0)
+            assert all(np.all(np.isfinite(np.asarray(leaf, float))) for leaf in jax.tree.leaves(s.rows))
+
+
+def test_rounding_does_not_grow_with_the_steps():
+    """float32, where the method itself has no error left."""
+    m = mixture([1, 1], [[-0.5, 0.2], [0.6, 0.1]], stds=[0.9, 0.8])
+    x = np.random.RandomState(0).randn(64, 2)
+    exact = flow(m, COSINE, x, 1.0, 0.0)
+    s = solvers.stack([solvers.recommended(COSINE, n) for n in (60, 200)])
+    run = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
+    end = run(jax.random.key(0), oracle(m, COSINE), s, jnp.asarray(x, jnp.float32))
+    few, many = np.sqrt(((np.asarray(end) - exact) ** 2).sum(-1).mean(-1))
+    assert many < max(2 * few, 2e-6) and few < 2e-5, (few, many)
+
+
+def test_inversion_starts_at_the_data(x64):
+    m = mixture([1, 1], [[-0.5, 0.2], [0.6, 0.1]], stds=[0.9, 0.8])
+    grid = times.log_snr(COSINE, 80)
+    x = np.random.RandomState(0).randn(4, 2)
+    d = oracle(m, COSINE)
+    up = diffjax.sample(jax.random.key(0), d, on_grid(COSINE, grid[::-1], inverse=True), x)
+    np.testing.assert_allclose(up, flow(m, COSINE, x, 0.0, 1.0), atol=2e-3)
+
+
+def test_the_rule():
+    assert [orders(n) for n in (1, 5, 8, 15, 100)] == [(3, 3), (3, 3), (3, 4), (4, 5), (5, 5)]
+    assert [orders(n, 3.0) for n in (5, 20, 30, 100)] == [(2, 3), (3, 4), (4, 5), (5, 5)]
+    assert orders(5, 7.5) == (1, 2)
+    for n, row in zip(EVALUATIONS, HEIGHTS, strict=True):
+        np.testing.assert_allclose(heights(n), row)
+    np.testing.assert_array_equal(heights(2), HEIGHTS[0])
+    np.testing.assert_array_equal(heights(1000), HEIGHTS[-1])
+
+
+def test_bad_input():
+    p, g = processes.vp(), times.uniform(4, stop=0.01)
+    with pytest.raises(ValueError, match="order must be 1 to 5"):
+        solvers.exp_abm(p, g, order=6)
+    with pytest.raises(ValueError, match="corrector must be 0"):
+        solvers.exp_abm(p, g, corrector=1)
+    with pytest.raises(ValueError, match="data_std must be"):
+        solvers.exp_abm(p, g, data_std=0.0)
+    with pytest.raises(ValueError, match="n, the number of steps"):
+        solvers.recommended(p, 0)
+    with pytest.raises(ValueError, match="0 <= stop < start"):
+        solvers.recommended(p, 5, start=0.1, stop=0.5)
+    with pytest.raises(ValueError, match="data_std must be"):
+        solvers.recommended(p, 5, data_std=-1.0)
+    with pytest.raises(ValueError, match="guidance must be finite"):
+        solvers.recommended(p, 5, guidance=float("nan"))
