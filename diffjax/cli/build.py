@@ -191,8 +191,12 @@ class Augment:
 def solver(config: Sampler, path: Process) -> Solver:
     """The solver of a run on its grid.   Raises: ValueError: unknown names, or a grid that does not fit."""
     make = entry(solvers.CATALOGUE, config.solver, "solver").build
-    spaced = entry(times.GRIDS, config.grid, "grid").build
-    return make(path, spaced(path, config.steps))
+    rule = config.solver == "recommended"
+    if rule and config.grid == "auto":
+        return solvers.recommended(path, config.steps, guidance=config.guidance)
+    spaced = entry(times.GRIDS, "karras" if config.grid == "auto" else config.grid, "grid").build
+    options = {"guidance": config.guidance} if rule else {}
+    return make(path, spaced(path, config.steps), **options)
 
 
 def guided(denoiser: Denoiser, weight: float, interval: tuple[float, float] | None = None) -> Denoiser:

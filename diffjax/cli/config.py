@@ -125,12 +125,12 @@ class Training:
 class Sampler:
     """How samples are drawn while training and for the scores."""
 
-    solver: str = "dpmpp_2m"
+    solver: str = "recommended"
     """see `diffjax list solvers`"""
     steps: int = 25
     """steps of the solver"""
-    grid: str = "karras"
-    """see `diffjax list grids`"""
+    grid: str = "auto"
+    """see `diffjax list grids`; auto is the grid of recommended's rule, and karras for other solvers"""
     guidance: float = 1.0
     """weight of classifier-free guidance; 1 is the conditional model"""
     seeds: int = 4
@@ -177,6 +177,7 @@ DIGITS = Train(
     process=Path("edm", sigma_min=0.02, sigma_max=40.0),
     objective=Objective(law_mean=-0.2, law_std=1.2),
     training=Training(steps=9500, learning_rate=3e-3, augment="affine", sample_every=1900, save_every=1900),
+    sampler=Sampler(solver="dpmpp_2m", grid="karras"),
 )
 PLANE = Train(
     model=Model("mlp", width=128, depth=3),

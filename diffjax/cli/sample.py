@@ -109,6 +109,8 @@ def sampler_of(args: Any, stored: Sampler) -> Sampler:
             check.number(
                 name, value, check.RULES[f"sampler.{name}"]
             )  # the option is --steps here, --sampler.steps in train
+    if given.get("solver") == "recommended":  # it brings a grid, which is better than that of the run's other solver
+        given.setdefault("grid", "auto")
     return dataclasses.replace(stored, **given)
 
 
