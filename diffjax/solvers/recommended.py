@@ -23,6 +23,7 @@ from diffjax.types import Card, Process, Scalar, Solver
 
 QUADRATURE = np.polynomial.legendre.leggauss(24)
 MOST_NODES = 5
+NEAR_DATA = 0.03  # angle; from below it a step to the data itself is x0: what the network does nearer to it is unknown
 
 
 def exp_abm(
@@ -39,7 +40,8 @@ def exp_abm(
     predict  x_s = (r_s / r_t) x_t + r_s sum_j d_j integral_{theta_s}^{theta_t} sin(theta) / sin(theta_j) L_j(theta) dtheta
     correct  the same with the new d, evaluated at the predicted x_s, among the nodes, when the next step begins
 
-    L_j is the Lagrange basis on the nodes. The last point is predicted. The first steps build both orders up.
+    L_j is the Lagrange basis on the nodes. The last point is predicted; it is x0 if it is the
+    data themselves and the step before it ends within 0.03 of them. The first steps build both orders up.
 
     Args: process: Gaussian.   grid: [n + 1].   order: 1 to 5 nodes of the predictor.   corrector: 0 (none) or 2 to 5 nodes,
     the new one among them.   data_std: > 0, c of the module.   inverse: the grid increases.
@@ -81,9 +83,12 @@ def exp_abm(
         for j in range(len(old)):
             gain = (correct[j + 1] if j + 1 < corrector else 0.0) - (before[j] if j < order else 0.0)
             old[j] = old[j] + rs * gain
+    last = (end == 0) & (start < NEAR_DATA)
+    other = lambda a, b: xp.where(last, b, a)
     return table.build(
-        f"exp_abm({order}, {corrector})", k, u=(k.sigma_t / (c * rt), -c * k.alpha_t / rt), qx=(rs / rt,),
-        qd=tuple(old), qn=new,
+        f"exp_abm({order}, {corrector})", k,
+        u=(other(k.sigma_t / (c * rt), k.alpha_s), other(-c * k.alpha_t / rt, 0.0)),
+        qx=(other(rs / rt, 0.0),), qd=tuple(other(w, 0.0) for w in old), qn=other(new, 1.0),
     )  # fmt: skip
 
 
@@ -137,9 +142,10 @@ HEIGHTS = np.array([
     [0.1, 0.3, 1.0, 0.9, 1.2, 0.0, 0.1, -0.2],
 ])  # fmt: skip
 # (order, corrector) below so many evaluations: without guidance, with it, and with a weight above STRONG
-PLAIN = ((7, (3, 3)), (11, (3, 4)), (20, (4, 5)), (math.inf, (5, 5)))
-GUIDED = ((12, (2, 3)), (25, (3, 4)), (50, (4, 5)), (math.inf, (5, 5)))
-STRONG, STRONGLY = 5.0, ((8, (1, 2)), *GUIDED)
+PLAIN = ((7, (3, 4)), (13, (4, 5)), (math.inf, (5, 5)))
+GUIDED = ((12, (2, 3)), (40, (3, 4)), (math.inf, (4, 5)))
+MANY = 13  # from here one evaluation is spent beside an end at infinite log-SNR, as other grids do
+STRONG, STRONGLY = 5.0, ((8, (1, 2)), (50, (2, 3)), (math.inf, (3, 4)))
 
 
 def orders(evaluations: int, guidance: Scalar = 1.0) -> tuple[int, int]:
@@ -196,7 +202,9 @@ def recommended(
         10
     """
     check(evaluations, start, stop)
-    grid = curvature(process, evaluations, data_std, start, stop, heights=heights(evaluations), apart=False)
+    grid = curvature(
+        process, evaluations, data_std, start, stop, heights=heights(evaluations), apart=(False, evaluations >= MANY)
+    )
     return on_grid(process, grid, data_std, guidance)
 
 

@@ -99,18 +99,18 @@ def spaced_in_log_snr(
     start: Scalar,
     stop: Scalar,
     place: Callable[[Any, Any, Any, Any], Any],
-    apart: bool = True,
+    apart: tuple[bool, bool] = (True, True),
 ) -> Any:
     """A grid whose log-SNR is `place(xp, low, high, x)` for `x` equally spaced in [0, 1], from `low` (noise) to `high`.
 
-    Infinite ends are replaced by those of `process.ends()` and, if `apart`, added as points of their own; else the first
-    and last points move to them.
+    Infinite ends are replaced by those of `process.ends()` and, where `apart` (noise, data), added as points of their own;
+    else the first or last point moves there.
     """
     check(n, start, stop)
     xp, (start, stop, _) = nu.host_float64(start, stop, process.params)
     low, high = process.log_snr(start), process.log_snr(stop)
     noise, data = xp.isinf(low), xp.isinf(high)
-    before, after = (c.astype(low.dtype) * float(apart) for c in (noise, data))
+    before, after = (c.astype(low.dtype) * float(own) for c, own in zip((noise, data), apart, strict=True))
     data_bound, noise_bound = (process.log_snr(xp.asarray(t)) for t in process.ends())
     # The other end may lie outside the bound: keep one unit of log-SNR between them.
     low = xp.where(noise, xp.minimum(noise_bound, xp.where(data, data_bound, high) - 1), low)
@@ -174,14 +174,14 @@ def curvature(
     stop: Scalar = 0.0,
     *,
     heights: Any = HEIGHTS,
-    apart: bool = True,
+    apart: tuple[bool, bool] = (True, True),
 ) -> Any:
     """A grid in log-SNR that is denser where trajectories bend: equal-mass quantiles of a density rho.
 
     log rho(l) = sum_j h_j exp(-(l - log c - m_j)^2 / (2 1.1^2)),  l = log(sigma / alpha),  c = data_std
     Args: process: any.   n: >= 1 steps.   data_std: > 0, of the data.   start, stop: as `log_snr`.   heights: [8], h_j; rho
-    is constant beyond the outer centres m_j = -4 and 4.6.   apart: whether an end at infinite log-SNR is a point beside the
-    finite bound that `log_snr` uses there, or replaces it.
+    is constant beyond the outer centres m_j = -4 and 4.6.   apart: whether an end (noise, data) at infinite log-SNR is a
+    point beside the finite bound that `log_snr` uses there, or replaces it.
     Raises: ValueError: a concrete `data_std` that is not positive.
 
     Example:

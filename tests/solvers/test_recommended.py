@@ -108,9 +108,9 @@ def test_gaussian_data_of_that_deviation_is_exact(n, x64):
     c = 0.7
     m = gaussian([0.0, 0.0, 0.0], c**2)
     x = np.random.RandomState(1).randn(5, 3)
-    s = solvers.recommended(COSINE, n, data_std=c)
+    s = solvers.recommended(COSINE, n, data_std=c, stop=0.01)
     got = diffjax.sample(jax.random.key(0), oracle(m, COSINE), s, x)
-    np.testing.assert_allclose(got, c * x, rtol=1e-10)
+    np.testing.assert_allclose(got, flow(m, COSINE, x, 1.0, 0.01), rtol=1e-10)
 
 
 @pytest.mark.parametrize("name", sorted(processes.CATALOGUE))
@@ -128,8 +128,8 @@ def test_rounding_does_not_grow_with_the_steps():
     """float32, where the method itself has no error left."""
     m = mixture([1, 1], [[-0.5, 0.2], [0.6, 0.1]], stds=[0.9, 0.8])
     x = np.random.RandomState(0).randn(64, 2)
-    exact = flow(m, COSINE, x, 1.0, 0.0)
-    s = solvers.stack([solvers.recommended(COSINE, n) for n in (60, 200)])
+    exact = flow(m, COSINE, x, 1.0, 0.01)
+    s = solvers.stack([solvers.recommended(COSINE, n, stop=0.01) for n in (60, 200)])
     run = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
     end = run(jax.random.key(0), oracle(m, COSINE), s, jnp.asarray(x, jnp.float32))
     few, many = np.sqrt(((np.asarray(end) - exact) ** 2).sum(-1).mean(-1))
@@ -145,10 +145,23 @@ def test_inversion_starts_at_the_data(x64):
     np.testing.assert_allclose(up, flow(m, COSINE, x, 0.0, 1.0), atol=2e-3)
 
 
+def test_ends_at_the_data_themselves(x64):
+    """To sigma = 0: with few steps by the polynomial, with many by x0 from the process's bound on small noise."""
+    m = mixture([1, 1], [[-0.5, 0.2], [0.6, 0.1]], stds=[0.4, 0.3])
+    x = np.random.RandomState(0).randn(16, 2)
+    exact = flow(m, COSINE, x, 1.0, 0.0)
+    d = oracle(m, COSINE)
+    for n, limit in ((8, 0.02), (12, 5e-3), (40, 1e-3)):
+        s = solvers.recommended(COSINE, n)
+        end = diffjax.sample(jax.random.key(0), d, s, x)
+        assert np.sqrt(((end - exact) ** 2).sum(-1).mean()) < limit, n
+    np.testing.assert_array_equal([s.rows.qx[-1, 0], s.rows.qn[-1], *s.rows.u[-1]], [0, 1, 1, 0])
+
+
 def test_the_rule():
-    assert [orders(n) for n in (1, 5, 8, 15, 100)] == [(3, 3), (3, 3), (3, 4), (4, 5), (5, 5)]
-    assert [orders(n, 3.0) for n in (5, 20, 30, 100)] == [(2, 3), (3, 4), (4, 5), (5, 5)]
-    assert orders(5, 7.5) == (1, 2)
+    assert [orders(n) for n in (1, 5, 8, 15, 100)] == [(3, 4), (3, 4), (4, 5), (5, 5), (5, 5)]
+    assert [orders(n, 3.0) for n in (5, 20, 30, 100)] == [(2, 3), (3, 4), (3, 4), (4, 5)]
+    assert [orders(n, 7.5) for n in (5, 20, 50)] == [(1, 2), (2, 3), (3, 4)]
     for n, row in zip(EVALUATIONS, HEIGHTS, strict=True):
         np.testing.assert_allclose(heights(n), row)
     np.testing.assert_array_equal(heights(2), HEIGHTS[0])
