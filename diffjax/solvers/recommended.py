@@ -144,7 +144,7 @@ HEIGHTS = np.array([
 # (order, corrector) below so many evaluations: without guidance, with it, and with a weight above STRONG
 PLAIN = ((7, (3, 4)), (13, (4, 5)), (math.inf, (5, 5)))
 GUIDED = ((12, (2, 3)), (40, (3, 4)), (math.inf, (4, 5)))
-MANY = 13  # from here one evaluation is spent beside an end at infinite log-SNR, as other grids do
+MANY = 10  # from here one evaluation is spent beside an end at infinite log-SNR, as other grids do
 STRONG, STRONGLY = 5.0, ((8, (1, 2)), (50, (2, 3)), (math.inf, (3, 4)))
 
 
