@@ -148,8 +148,6 @@ PAPERS: dict[str, Paper] = {
                               "Differentiable Solver Search for Fast Diffusion Sampling"),
     "arXiv:2510.02390": Paper("Li, Zilai", 2025, "Hyperparameters are all you need: Using five-step inference for an original diffusion model "
                               "to generate images comparable to the latest distillation model"),
-    "arXiv:2302.04867": Paper("Zhao, Wenliang and Bai, Lujia and Rao, Yongming and Zhou, Jie and Lu, Jiwen", 2023,
-                              "UniPC: A Unified Predictor-Corrector Framework for Fast Sampling of Diffusion Models"),
 }  # fmt: skip
 
 

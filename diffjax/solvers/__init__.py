@@ -21,6 +21,7 @@ from diffjax.solvers import (
     variance,
 )
 from diffjax.solvers import dpm_v3 as _dpm_v3
+from diffjax.solvers import recommended as _recommended
 from diffjax.solvers import sa as _sa
 from diffjax.solvers import unified as _unified
 from diffjax.solvers.adams import EPS, LAMBDA, RHO, TIME, X0, V, exp_ab, exp_abm
@@ -37,6 +38,7 @@ from diffjax.solvers.multistep import dpm_solver_sde, dpmpp, dpmpp_3m_exact
 from diffjax.solvers.onestep import ancestral, ddim, ddpm, euler
 from diffjax.solvers.plot import plot_table
 from diffjax.solvers.pndm import ipndm
+from diffjax.solvers.recommended import angle_abm, recommended
 from diffjax.solvers.reversible import bdia, edict, o_belm
 from diffjax.solvers.runge_kutta import edm_heun, edm_rk2, flow_heun, flow_midpoint, flow_rk4, heun
 from diffjax.solvers.sa import sa
@@ -71,6 +73,7 @@ _FAMILIES = (
     _sa,
     _dpm_v3,
     _unified,
+    _recommended,
     sde,
     corrector,
     reversible,
@@ -95,6 +98,7 @@ __all__ = [
     "X0",
     "analytic",
     "ancestral",
+    "angle_abm",
     "annealed_langevin",
     "bdia",
     "brownian",
@@ -144,6 +148,7 @@ __all__ = [
     "plot_table",
     "predict_and_search",
     "predictor_corrector",
+    "recommended",
     "replay",
     "reported",
     "reverse_diffusion",
@@ -156,21 +161,3 @@ __all__ = [
     "stack",
     "unified",
 ]
-from diffjax.solvers.recommended import CARDS as RECOMMENDED
-from diffjax.solvers.recommended import exp_abm, recommended
-from diffjax.solvers.runge_kutta import edm_heun, heun
-from diffjax.solvers.table import compact, load_table, pad, save_table, stack
-from diffjax.types import Card
-
-CATALOGUE: dict[str, Card] = {
-    **onestep.CARDS,
-    **runge_kutta.CARDS,
-    **multistep.CARDS,
-    **adams.CARDS,
-    **RECOMMENDED,
-}
-
-__all__ = [
-    "CATALOGUE", "EPS", "V", "X0", "ancestral", "compact", "ddim", "ddpm", "dpmpp", "edm_heun", "euler", "exp_ab", "exp_abm",
-    "heun", "load_table", "pad", "recommended", "save_table", "stack",
-]  # fmt: skip

@@ -26,7 +26,7 @@ MOST_NODES = 5
 NEAR_DATA = 0.03  # angle; from below it a step to the data itself is x0: what the network does nearer to it is unknown
 
 
-def exp_abm(
+def angle_abm(
     process: Process,
     grid: Any,
     order: int = 3,
@@ -50,7 +50,7 @@ def exp_abm(
 
     Example:
         >>> from diffjax import processes, times
-        >>> exp_abm(processes.cosine(), times.log_snr(processes.cosine(), 10)).rows.qd.shape
+        >>> angle_abm(processes.cosine(), times.log_snr(processes.cosine(), 10)).rows.qd.shape
         (10, 3)
 
     Reference: a corrector without evaluations as in Zhao et al. 2023, arXiv:2302.04867; angle, value and weight are our own.
@@ -86,7 +86,7 @@ def exp_abm(
     last = (end == 0) & (start < NEAR_DATA)
     other = lambda a, b: xp.where(last, b, a)
     return table.build(
-        f"exp_abm({order}, {corrector})", k,
+        f"angle_abm({order}, {corrector})", k,
         u=(other(k.sigma_t / (c * rt), k.alpha_s), other(-c * k.alpha_t / rt, 0.0)),
         qx=(other(rs / rt, 0.0),), qd=tuple(other(w, 0.0) for w in old), qn=other(new, 1.0),
     )  # fmt: skip
@@ -163,8 +163,8 @@ def heights(evaluations: int) -> np.ndarray:
 def on_grid(
     process: Process, grid: Any, data_std: Scalar = 1.0, guidance: Scalar = 1.0, *, inverse: bool = False
 ) -> Solver:
-    """The method that `recommended` takes for as many steps, on a grid of your own; arguments as there and in `exp_abm`."""
-    return exp_abm(process, grid, *orders(np.shape(grid)[0] - 1, _weight(guidance)), data_std, inverse=inverse)
+    """The method that `recommended` takes for as many steps, on a grid of your own; arguments as there and in `angle_abm`."""
+    return angle_abm(process, grid, *orders(np.shape(grid)[0] - 1, _weight(guidance)), data_std, inverse=inverse)
 
 
 def _weight(guidance: Any) -> float:
@@ -186,7 +186,7 @@ def recommended(
     start: Scalar = 1.0,
     stop: Scalar = 0.0,
 ) -> Solver:
-    """The solver to take unless you know better: `exp_abm` with its order and its grid chosen by one fixed rule.
+    """The solver to take unless you know better: `angle_abm` with its order and its grid chosen by one fixed rule.
 
     The grid is `times.curvature` with `heights(evaluations)`, the orders are `orders(evaluations, guidance)`.
 
@@ -209,8 +209,8 @@ def recommended(
 
 
 CARDS = {
-    f"exp_abm{order}_{corrector}": Card(
-        table.options(exp_abm, order=order, corrector=corrector),
+    f"angle_abm{order}_{corrector}": Card(
+        table.options(angle_abm, order=order, corrector=corrector),
         "arXiv:2302.04867",
         f"Adams with {order} nodes in the angle, corrector with {corrector}",
         3,

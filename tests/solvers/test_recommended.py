@@ -97,7 +97,7 @@ def test_is_the_textbook_scheme(order, corrector, c, x64):
     d = oracle(m, process)
     grid = times.log_snr(process, 8, start=0.98, stop=0.02)
     x = np.random.RandomState(0).randn(4, 2)
-    got = diffjax.sample(jax.random.key(0), d, solvers.exp_abm(process, grid, order, corrector, c), x)
+    got = diffjax.sample(jax.random.key(0), d, solvers.angle_abm(process, grid, order, corrector, c), x)
     predict = lambda x, i: jax.tree.map(np.asarray, d(jnp.asarray(x), grid[i]))
     expected = textbook(predict, process.alpha(grid), process.sigma(grid), x, order, corrector, c)
     np.testing.assert_allclose(got, expected, rtol=1e-9)
@@ -171,11 +171,11 @@ def test_the_rule():
 def test_bad_input():
     p, g = processes.vp(), times.uniform(4, stop=0.01)
     with pytest.raises(ValueError, match="order must be 1 to 5"):
-        solvers.exp_abm(p, g, order=6)
+        solvers.angle_abm(p, g, order=6)
     with pytest.raises(ValueError, match="corrector must be 0"):
-        solvers.exp_abm(p, g, corrector=1)
+        solvers.angle_abm(p, g, corrector=1)
     with pytest.raises(ValueError, match="data_std must be"):
-        solvers.exp_abm(p, g, data_std=0.0)
+        solvers.angle_abm(p, g, data_std=0.0)
     with pytest.raises(ValueError, match="n, the number of steps"):
         solvers.recommended(p, 0)
     with pytest.raises(ValueError, match="0 <= stop < start"):
