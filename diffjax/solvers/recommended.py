@@ -134,12 +134,13 @@ def _weights(xp: Any, start: Any, end: Any, nodes: list[Any], use: list[Any], fl
 # ------------------------------------------------------------------------------------------------------------ the rule
 
 # Heights of the density of `times.curvature` at these numbers of evaluations, between them linear in log(evaluations).
-EVALUATIONS = (5, 10, 20, 50)
+EVALUATIONS = (5, 10, 20, 50, 100)
 HEIGHTS = np.array([
     [-0.62, -0.45, 1.37, 0.4, 0.65, 0.9, -1.0, -0.8],
     [-0.5, 0.18, 0.5, 0.65, 1.0, -0.5, -0.05, -0.65],
     [0.3, 0.2, 1.0, 0.8, 1.2, 0.0, 0.3, -0.2],
-    [0.1, 0.3, 1.0, 0.9, 1.2, 0.0, 0.1, -0.2],
+    [0.2, 0.4, 1.0, 0.9, 1.2, 0.1, 0.25, -0.05],
+    [0.7, 0.7, 1.0, 0.9, 1.1, 0.6, 0.7, 0.6],  # flatter: a trained network is not as smooth at the ends as a mixture
 ])  # fmt: skip
 # (order, corrector) below so many evaluations: without guidance, with it, and with a weight above STRONG
 PLAIN = ((7, (3, 4)), (13, (4, 5)), (math.inf, (5, 5)))
