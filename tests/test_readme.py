@@ -2,6 +2,7 @@
 
 import pathlib
 import re
+import sys
 
 import jax
 import pytest
@@ -9,13 +10,22 @@ import pytest
 from diffjax import references
 from diffjax.references import PAPERS, catalogues, cite
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # `experiments` is not installed with the package
+from experiments.benchmarks import choose  # noqa: E402
+
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TABLE = re.compile(r"(<!-- methods -->\n)(.*)(<!-- end of methods -->)", re.DOTALL)
+SOLVERS = re.compile(r"(<!-- solvers -->\n)(.*)(<!-- end of solvers -->)", re.DOTALL)
 
 
 def test_method_table_is_generated():
     block = TABLE.search(README.read_text())
     assert block and block[2] == references.markdown(), "run `python tests/test_readme.py`"
+
+
+def test_solver_page_shows_what_was_measured():
+    block = SOLVERS.search(README.read_text())
+    assert block and block[2] == choose.markdown(), "run `python tests/test_readme.py`"
 
 
 def test_quickstart_runs():
@@ -44,4 +54,5 @@ def test_cite():
 
 
 if __name__ == "__main__":
-    README.write_text(TABLE.sub(lambda m: m[1] + references.markdown() + m[3], README.read_text()))
+    page = TABLE.sub(lambda m: m[1] + references.markdown() + m[3], README.read_text())
+    README.write_text(SOLVERS.sub(lambda m: m[1] + choose.markdown() + m[3], page))

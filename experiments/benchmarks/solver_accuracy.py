@@ -26,7 +26,7 @@ EVALUATIONS = (5, 8, 10, 15, 20, 30, 50)
 PROCESS = processes.ve(0.010000500037502575, 157.40728081040757)
 OTHERS = (
     "ddim", "dpmpp_2m", "dpmpp_3m", "exp_ab2_x0", "exp_ab3_x0", "exp_ab4_x0", "exp_ab2_eps", "exp_ab3_eps", "exp_ab4_eps",
-    "exp_ab2_v", "exp_ab3_v", "exp_ab4_v",
+    "exp_ab2_v", "exp_ab3_v", "exp_ab4_v", "unipc2_x0", "unipc3_x0", "unipc3_eps", "deis_t4", "deis_rho4", "dpm_solver_3",
 )  # fmt: skip
 GRIDS = {"log_snr": times.log_snr, "karras": times.karras}
 RUN = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
@@ -57,7 +57,10 @@ def tables(n: int) -> dict[str, Any]:
     """`recommended` and all others with at most n evaluations."""
     out = {"recommended": solvers.recommended(PROCESS, n)}
     for grid, make in GRIDS.items():
-        out |= {f"{name} {grid}": solvers.CATALOGUE[name].build(PROCESS, make(PROCESS, n)) for name in OTHERS}
+        steps = {name: n // int(solvers.CATALOGUE[name].evals) for name in OTHERS}
+        out |= {
+            f"{name} {grid}": solvers.CATALOGUE[name].build(PROCESS, make(PROCESS, k)) for name, k in steps.items() if k
+        }
         half = solvers.compact(solvers.heun(PROCESS, make(PROCESS, n // 2)))
         out[f"heun {grid}"] = half
     return out

@@ -3,8 +3,8 @@
     python -m experiments.benchmarks.solver_networks              # a class-conditional MLP, trained here on eight Gaussians
     python -m experiments.benchmarks.solver_networks RUN_FOLDER   # the model of a run, with classes
 
-distance = ||x - x_fine|| of every item at t = 0, rms and median over the batch; fine is
-`exp_ab3_eps` in 1000 of them. Without guidance and with weight 3.
+distance = ||x - x_fine|| of every item at t = 0, rms and median over the batch; x_fine is from 1000 steps of
+`exp_ab3_eps`. Without guidance and with weight 3.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ OTHERS = {
     "exp_ab3_eps": ("karras", "log_snr"),
     "exp_ab3_v": ("log_snr",),
     "exp_ab4_x0": ("log_snr",),
+    "unipc2_x0": ("karras", "log_snr"),
+    "unipc3_x0": ("karras", "log_snr"),
 }
 RUN = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
 
