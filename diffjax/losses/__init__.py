@@ -1,6 +1,7 @@
 """Losses `(key, denoiser, x0, cond, items=None) -> ([B], aux)`, never reduced, and couplings of noise and data."""
 
 from diffjax.losses.checks import check_batch, check_labels
+from diffjax.losses.condition import ConditionNoise, condition_noise
 from diffjax.losses.coupling import exact, independent, k_nearest_noise, minibatch_assignment, sinkhorn
 from diffjax.losses.denoising import (
     denoising_loss,
@@ -39,8 +40,8 @@ COUPLINGS: dict[str, Card] = {
 }
 
 __all__ = [
-    "CATALOGUE", "COUPLINGS", "GaussianDecoder", "LevelDecoder", "check_batch", "check_labels",
-    "denoising_loss", "discrete_bound", "error_scale", "exact", "flow_matching", "independent", "k_nearest_noise",
-    "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn", "v_prediction",
-    "variational_bound",
+    "CATALOGUE", "COUPLINGS", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "check_batch", "check_labels",
+    "condition_noise", "denoising_loss", "discrete_bound", "error_scale", "exact", "flow_matching", "independent",
+    "k_nearest_noise", "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn",
+    "v_prediction", "variational_bound",
 ]  # fmt: skip

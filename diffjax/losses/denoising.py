@@ -53,6 +53,7 @@ class DenoisingLoss:
     label_drop: float = static(default=0.1)
     coupling: Callable[..., PyTree] = static(default=independent)
     log_variance: Callable[[Any], Any] | None = static(default=None)
+    condition: Any = None
 
     def __call__(
         self, key: Key, denoiser: Denoiser, x0: PyTree, cond: Cond = None, items: Any = None
@@ -66,6 +67,9 @@ class DenoisingLoss:
         k_time, k_noise, k_drop, k_net = jax.random.split(key, 4)
         t = self.times(k_time, process, items)
         eps = self.coupling(k_noise, x0, items)
+        if self.condition is not None:
+            k_cond, k_drop = jax.random.split(k_drop)
+            cond = self.condition(k_cond, cond, t, items)
         cond = drop_labels(k_drop, denoiser, cond, items, self.label_drop)
         e = denoiser.evaluate(process.add_noise(x0, eps, t), t, cond, key=nu.item_keys(k_net, items))
         mse = mean_square(nu.sub(self.space(e.prediction, process, t), self.space(Prediction(x0, eps), process, t)))
@@ -89,6 +93,7 @@ def denoising_loss(
     label_drop: float = 0.1,
     coupling: Callable[..., PyTree] = independent,
     log_variance: Callable[[Any], Any] | None = None,
+    condition: Any = None,
 ) -> DenoisingLoss:
     """Regression on the clean data, the noise, or any blend of them.   w(t) mean |space(x0, eps) - space(prediction)|^2
 
@@ -99,7 +104,7 @@ def denoising_loss(
     `w(process, t)` of the squared x0-error whatever `space` is; None is weight one in `space`.   label_drop: in [0, 1],
     how often an item's whole condition becomes `denoiser.null`; nothing is dropped where the condition is None.
     coupling: `(key, x0, items) -> eps`.   log_variance: reads `u` [B] from the network's aux, and the loss becomes
-    `loss / exp(u) + u`.
+    `loss / exp(u) + u`.   condition: `(key, cond, t, items) -> cond`, e.g. `condition_noise(beta)`; comes before dropping.
     Returns: `loss(key, denoiser, x0, cond, items=None) -> ([B], aux)` with aux `t`, `mse` (unweighted, in `space`),
     `log_snr`; the mean over all axes but the first, and over all leaves of a pytree state.
     Raises: ValueError: label_drop outside [0, 1]; at the call, a condition to drop without `denoiser.null`, an empty
@@ -117,7 +122,8 @@ def denoising_loss(
         raise ValueError(f"label_drop is a probability in [0, 1]; got {label_drop!r}")
     times = laws.uniform() if times is None else as_tree(times)
     weight = None if weight is None else as_tree(weight)
-    return DenoisingLoss(times, weight, space, float(label_drop), coupling, log_variance)
+    condition = None if condition is None else as_tree(condition)
+    return DenoisingLoss(times, weight, space, float(label_drop), coupling, log_variance, condition)
 
 
 def flow_matching(times: Any = None, **options: Any) -> DenoisingLoss:
