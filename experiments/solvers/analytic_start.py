@@ -6,8 +6,7 @@ Sampling then runs from x_M ~ N(m, s^2 I) at M, skipping the times where an imag
 
 Data: a mixture of Gaussians in 8 dimensions whose mean is not zero, with its exact denoiser. At M = 0.3 the components have
 come apart, and one Gaussian no longer is enough for the end to be at the floor, though far better than N(0, I). This is the
-inference half of the paper; its other half, a training that noises the condition (TimeNoise), needs a video model and is
-not part of this page.
+inference half of the paper; its other half, a training that noises the condition (TimeNoise), is `time_noise`.
 """
 
 import jax
