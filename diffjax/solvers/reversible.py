@@ -69,7 +69,7 @@ def edict(process: Process, grid: Any, mixing: Any = 0.93, *, inverse: bool = Fa
     mix = matrix(p, 1 - p, (1 - p) * p, p + (1 - p) ** 2)
     follow = mix @ matrix(one, zero, zero, a)
     swap = np.arange(n) % 2 == 1
-    turned = lambda m: xp.where(table.expand_rows(swap, m), xp.flip(m, axis=tuple(range(1, m.ndim))), m)
+    turned = lambda m: xp.where(nu.expand(swap, m), xp.flip(m, axis=tuple(range(1, m.ndim))), m)
     both = lambda first, second: table.interleave(xp, turned(first), turned(second))
     rows = DenseRows(
         t=table.interleave(xp, k.t, k.t),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pathlib
-import zipfile
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import numerics as nu
+from diffjax.solvers.table_files import read_arrays
 from diffjax.types import UNBOUND, Denoiser, Key
 
 FORMAT = 1  # version of a saved file
@@ -203,14 +203,8 @@ def load_statistics(path: str | pathlib.Path) -> ModelStatistics | NoiseMoment:
 
     Raises: ValueError: not such a file, damaged, or written by a newer version of diffjax.
     """
-    try:
-        with open(path, "rb") as file, np.load(file, allow_pickle=False) as f:  # NumPy leaves a damaged file open
-            arrays = dict(f)
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as e:
-        raise ValueError(f"{path} is not a file written by save_statistics: {e}") from e
-    version, kind = int(arrays.pop("format", -1)), _KINDS.get(str(arrays.pop("kind", "")))
-    if version > FORMAT:
-        raise ValueError(f"{path} has statistics format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
+    arrays = read_arrays(path, "save_statistics", FORMAT)
+    kind = _KINDS.get(str(arrays.pop("kind", "")))
     if kind is None or set(arrays) != set(kind._fields):
         raise ValueError(f"{path} is not a file written by save_statistics; it holds {sorted(arrays)}")
     return check_statistics(kind(**arrays), kind)

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import host_tables
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -173,6 +174,44 @@ def test_padding_is_bit_equal(name):
     np.testing.assert_array_equal(run(s), run(solvers.compact(solvers.pad(s, s.evaluations, p=2, q=4, noise=2))))
 
 
+def test_padded_tables_stack():
+    """The padding of a table is not run, whatever made it."""
+    process = processes.vp()
+    s, other = solvers.heun(process, times.uniform(3)), solvers.ddim(process, times.uniform(3))
+    plain, padded = (solvers.stack([first, other]) for first in (s, solvers.pad(s, 9)))
+    x, n = np.array([[0.7, -1.2]]), plain.rows.t.shape[1]
+    for i in range(2):
+        a, b = (
+            host_tables.run(jax.tree.map(lambda c, i=i: c[i], t), host_tables.network(process), x)
+            for t in (plain, padded)
+        )
+        np.testing.assert_allclose(a, b, rtol=1e-14)
+    assert padded.rows.t.shape[1] == 9 > n
+
+
+def test_constants_are_a_prefix_of_the_state():
+    state = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 4), jnp.bfloat16)}
+    one, own = diffjax.solvers.table.Start(1, 0)(state, (np.ones(()), {"a": np.ones((1, 3)), "b": np.ones(())})).c
+    assert one["a"].dtype == own["a"].dtype == jnp.float32 and one["b"].dtype == jnp.bfloat16
+    assert own["a"].shape == (1, 3) and one["b"].shape == ()
+
+
+def test_what_takes_tables_refuses_other_solvers(tmp_path):
+    other = solvers.ddpm_learned(processes.vp(), times.uniform(3))
+    for use in (solvers.compact, lambda s: solvers.pad(s, 9), lambda s: solvers.stack([s]),
+                lambda s: solvers.save_table(tmp_path / "x.npz", s)):  # fmt: skip
+        with pytest.raises(ValueError, match="takes linear tables.*rows of type ChainRows"):
+            use(other)
+    s = solvers.ddim(processes.vp(), times.uniform(3))
+    with pytest.raises(ValueError, match="at least one table"):
+        solvers.stack([])
+    with pytest.raises(ValueError, match="0, 1 or 2; got 3"):
+        solvers.pad(s, 9, noise=3)
+    with pytest.raises(ValueError, match="own way to apply its rows would be lost"):
+        solvers.save_table(tmp_path / "x.npz", dataclasses.replace(s, read=len))
+    np.testing.assert_array_equal(solvers.ddim(processes.vp(), [1.0, 0.5, 0.0]).grid, [1.0, 0.5, 0.0])
+
+
 def test_equivalences(x64):
     process = processes.vp()
     grid = times.log_snr(process, 8, start=0.99, stop=0.01)
@@ -303,9 +342,19 @@ def test_tables_save_and_load(tmp_path):
     loaded = solvers.load_table(tmp_path / "table.npz")
     jax.tree.map(np.testing.assert_array_equal, s, loaded)
     assert loaded.step is s.step and loaded.init == s.init
-    (tmp_path / "broken.npz").write_bytes(b"no table")
-    with pytest.raises(ValueError, match="not a solver table"):
-        solvers.load_table(tmp_path / "broken.npz")
+    whole = (tmp_path / "table.npz").read_bytes()
+    flipped = bytearray(whole)
+    flipped[600] ^= 255
+    for damaged in (b"no table", b"", whole[:500], bytes(flipped)):
+        (tmp_path / "broken.npz").write_bytes(damaged)
+        with pytest.raises(ValueError, match="not a file written by save_table"):
+            solvers.load_table(tmp_path / "broken.npz")
+    np.savez(tmp_path / "part.npz", format=1, qn=s.rows.qn)
+    with pytest.raises(ValueError, match="lacks .*'accept'"):
+        solvers.load_table(tmp_path / "part.npz")
+    padded = solvers.pad(s, 20)  # the padding is no part of the table
+    solvers.save_table(tmp_path / "padded.npz", padded)
+    jax.tree.map(np.testing.assert_array_equal, s, solvers.load_table(tmp_path / "padded.npz"))
     np.savez(
         tmp_path / "newer.npz", format=99, grid=s.grid, **{k: v for k, v in s.rows._asdict().items() if v is not None}
     )
