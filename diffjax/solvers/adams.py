@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from diffjax import numerics as nu
 from diffjax.solvers import table
+from diffjax.solvers.checks import check_integer, check_number
 from diffjax.types import Card, Process, Solver
 
 QUADRATURE = np.polynomial.legendre.leggauss(24)
@@ -121,6 +121,12 @@ def reachable(k: table.Nodes) -> Any:
     return k.xp.isfinite(k.lam_t) & (k.lam_s > -np.inf)
 
 
+def ratio(k: table.Nodes) -> Any:
+    """`sigma_s / sigma_t`, and 0 where `sigma_t = 0`.   [n]"""
+    noisy = k.sigma_t > 0
+    return k.xp.where(noisy, k.sigma_s / k.xp.where(noisy, k.sigma_t, 1.0), 0.0)
+
+
 def known(s: Steps, order: int) -> list[Any]:
     """`known[j][i]`: whether step i may use the value j steps back."""
     return table.known(s.k._replace(finite=s.taken), order)
@@ -172,22 +178,18 @@ def assemble(name: str, s: Steps, qd: list[Any], qn: Any) -> Solver:
     return or_ddim(name, s.k, s.taken, s.value, (s.carry,), qd, qn)
 
 
-def or_ddim(name: str, k: table.Nodes, taken: Any, value: Value, qx: Any, qd: Any, qn: Any) -> Solver:
-    """One row a step: the columns given where the step is `taken`, else `ddim`."""
+def or_ddim(
+    name: str, k: table.Nodes, taken: Any, value: Value, qx: Any, qd: Any, qn: Any, noise: Any = None
+) -> Solver:
+    """One row a step: the columns given where the step is `taken`, else `ddim` (and whatever `noise`)."""
     first = lambda a, b: k.xp.where(taken, a, b)
     u = value.read(k.xp, k.alpha_t, k.sigma_t)
     return table.build(
         name, k,
         u=(first(u[0], k.alpha_s), first(u[1], k.sigma_s)),
         qx=tuple(first(c, 0.0) for c in qx), qd=tuple(first(c, 0.0) for c in qd), qn=first(qn, 1.0),
+        noise=noise,
     )  # fmt: skip
-
-
-def check_order(order: Any, orders: tuple[int, ...] = ORDERS, name: str = "order") -> None:
-    """Refuse an order that is not one of `orders`."""
-    if isinstance(order, bool) or order not in orders:
-        accepted = ", ".join(map(str, orders[:-1]))
-        raise ValueError(f"{name} must be {accepted} or {orders[-1]}; got {order!r}")
 
 
 # ------------------------------------------------------------------------------------------------------------ methods
@@ -222,7 +224,7 @@ def exp_ab(
 
     Reference: Zhang and Chen 2023, arXiv:2204.13902, Eq. 14-15; Hochbruck and Ostermann 2010, Section 2.
     """
-    check_order(order)
+    check_integer("order", order, ORDERS)
     if variable.data_end and value is not EPS:
         raise ValueError(f"a polynomial in {variable.name} needs value=EPS; got {value.name}. Use variable=LAMBDA")
     s = steps(process, table.nodes(process, grid, inverse), value, variable)
@@ -260,11 +262,10 @@ def exp_abm(
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, Theorem 3.1; Hairer, Norsett and Wanner 1993, Section III.1.
     """
+    check_integer("order", order, ORDERS)
     nodes = order + 1 if corrector_order is None else corrector_order
-    check_order(order)
-    check_order(nodes, (1, 2, 3, 4, 5), "corrector_order")
-    if nu.namespace(blend) is np and not 0 <= float(blend) <= 1:
-        raise ValueError(f"blend must be in [0, 1], 0 the predictor's state and 1 the corrector's; got {blend}")
+    check_integer("corrector_order", nodes, (1, 2, 3, 4, 5))
+    check_number("blend", blend, high=1.0, hint="0 the predictor's state and 1 the corrector's")
     s = steps(process, table.nodes(process, grid, inverse, blend), value)
     old = known(s, nodes)[: nodes - 1]
     columns = fold(s, predictor(s, known(s, order)), corrector(s, old), blend)

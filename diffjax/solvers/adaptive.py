@@ -12,10 +12,12 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.solvers import table
+from diffjax.solvers.checks import check_integer, check_number
 from diffjax.solvers.singlestep import stage_weights
 from diffjax.types import Card, Noise, Process, Solver
 
 FRACTIONS = {2: (1 / 2,), 3: (1 / 3, 2 / 3)}
+BOUND = 10.0  # on the gains of the controller
 JUMP = -1  # a row that is one first-order step to its time
 
 
@@ -108,13 +110,16 @@ def dpm_adaptive(
 
     Reference: Lu et al. 2022, arXiv:2206.00927, adaptive step size (DPM-Solver-12 and DPM-Solver-23).
     """
-    if order not in FRACTIONS:
-        raise ValueError(f"order must be 2 (DPM-Solver-12) or 3 (DPM-Solver-23); got {order!r}")
-    for name, value in {"rtol": rtol, "atol": atol, "h_init": h_init, "safety": safety}.items():
-        if nu.namespace(value) is np and not float(value) > 0:
-            raise ValueError(f"{name} must be > 0; got {value}")
-    if nu.namespace(safety) is np and not float(safety) <= 1:
-        raise ValueError(f"safety must be in (0, 1]; got {safety}")
+    check_integer("order", order, (2, 3), "DPM-Solver-12 or -23")
+    for name, value in {"rtol": rtol, "atol": atol, "h_init": h_init}.items():
+        check_number(name, value, above=True)
+    check_number("safety", safety, high=1.0, above=True)
+    if len(gains) != 3:
+        raise ValueError(f"gains are three numbers, P, I and D of the controller; got {gains!r}")
+    for name, gain in zip("PID", gains, strict=True):
+        check_number(f"gain {name}", gain, -BOUND, BOUND)
+    if isinstance(max_evaluations, bool) or not isinstance(max_evaluations, (int, np.integer)):
+        raise ValueError(f"max_evaluations must be an int; got {max_evaluations!r}")
     if max_evaluations < order + 2:
         raise ValueError(
             f"max_evaluations must be at least {order + 2}, one attempt of {order} and a step at either end; "

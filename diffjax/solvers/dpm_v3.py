@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from diffjax.solvers import table
+from diffjax.solvers.checks import check_integer, check_number
 from diffjax.solvers.statistics import ModelStatistics, check_statistics
 from diffjax.types import Card, Process, Solver
 
@@ -63,10 +64,8 @@ def dpm_v3(
 
     Reference: Zheng et al. 2023, arXiv:2310.13268, Section 3.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3; got {order!r}")
-    if not 0 <= correct_above <= 1:
-        raise ValueError(f"correct_above is a time in [0, 1], 1 for no corrector; got {correct_above!r}")
+    check_integer("order", order, (1, 2, 3))
+    check_number("correct_above", correct_above, high=1.0, hint="a time, 1 for no corrector")
     k = table.nodes(process, grid, inverse)
     xp = k.xp
     ours = check_statistics(DATA if statistics is None else statistics, ModelStatistics)

@@ -14,7 +14,7 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
-from diffjax.solvers.onestep import _is_zero, _nonnegative
+from diffjax.solvers.checks import check_number, is_zero
 from diffjax.types import UNBOUND, Denoiser, Key
 
 LEAST_STEP = 2.0**-14  # of the interval: what an adaptive step on a Brownian path may shrink to
@@ -80,7 +80,7 @@ def integrate(
     """
     import diffrax
 
-    noisy = not _is_zero(eta)
+    noisy = not is_zero(eta)
     _check(denoiser.process, start, stop, eta, noisy)
     if noisy and key is None:
         raise ValueError("with eta > 0 give a key: the noise of every item is drawn from it")
@@ -232,7 +232,7 @@ def _floating(leaf: Any) -> jax.Array:
 
 
 def _check(process: Any, start: Any, stop: Any, eta: Any, noisy: bool) -> None:
-    _nonnegative("eta", eta)
+    check_number("eta", eta)
     if nu.namespace(start, stop) is not np:
         return
     if not (0 <= start <= 1 and 0 <= stop <= 1 and start != stop):

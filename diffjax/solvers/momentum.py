@@ -9,10 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import numpy as np
-
-from diffjax import numerics as nu
 from diffjax.solvers import adams, table
+from diffjax.solvers.checks import check_integer, check_number
 from diffjax.solvers.pndm import BASHFORTH, exactly, transfer
 from diffjax.types import Card, Process, Solver
 
@@ -40,8 +38,9 @@ def heavy_ball(
     Raises: ValueError: bad grid or order, momentum outside (0, 1].
     Reference: Wizadwongsa et al. 2024, arXiv:2307.11118.
     """
-    adams.check_order(order)
-    _check_momentum(momentum)
+    check_integer("order", order, adams.ORDERS)
+    check_number("momentum", momentum, high=1.0, above=True, hint="1 for none")
+    check_number("seed", seed, -math.inf)
     b = momentum
     ramp = {1: [(1 - b) * seed + b]}
     slopes = {m: [b * a for a in BASHFORTH[m]] for m in range(1, order + 1)}
@@ -73,15 +72,15 @@ def ghvb(
 
     Reference: Wizadwongsa et al. 2024, arXiv:2307.11118.
     """
+    check_number("order", order, high=4.0, above=True)
     p = math.ceil(order)
     if p != order and momentum is not None:
         raise ValueError(
             f"a fractional order fixes the momentum: order={order} is order={p}, momentum={order - p + 1:.6g}"
         )
-    if not 0 < order <= 4:
-        raise ValueError(f"order must be in (0, 4]; got {order!r}")
     b = order - p + 1 if momentum is None else momentum
-    _check_momentum(b)
+    check_number("momentum", b, high=1.0, above=True, hint="1 for none")
+    check_number("seed", seed, -math.inf)
     c = {m: [x - (1 - b) * y for x, y in zip(BASHFORTH[m], PREVIOUS[m], strict=True)] for m in range(1, p + 1)}
     ramp = {m: _unrolled(m, b, seed, c[m]) for m in range(1, p + 1)}
     return _solver(f"ghvb({order})", process, grid, p, b, ramp, {p: c[p]}, inverse, (b, seed))
@@ -94,11 +93,6 @@ def _unrolled(m: int, b: Any, seed: Any, c: list[Any]) -> list[Any]:
         for j in range(i):
             velocity[i][j] = velocity[i][j] + b * (1 - b) ** (i - 1 - j)
     return [sum(c[k] / b * velocity[m - k][j] for k in range(m)) for j in reversed(range(m))]
-
-
-def _check_momentum(b: Any) -> None:
-    if nu.namespace(b) is np and not 0 < float(b) <= 1:
-        raise ValueError(f"momentum must be in (0, 1], 1 for none; got {b}")
 
 
 def _solver(

@@ -8,8 +8,8 @@ import jax
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
-from diffjax.solvers.adams import X0
-from diffjax.solvers.onestep import _is_zero, _nonnegative
+from diffjax.solvers.adams import X0, or_ddim, ratio
+from diffjax.solvers.checks import check_integer, check_number, is_zero
 from diffjax.solvers.singlestep import phi, stages
 from diffjax.types import Card, Process, Solver
 
@@ -30,7 +30,7 @@ def dpmpp(
     g = (1 + eta) h;   order 2: D = x0 + (x0 - x0_prev) h / (2 h_prev)
 
     This solves dx = [f x - (1 + eta) / 2 g^2 score] dt + sqrt(eta) g dW, exactly where x0 is constant. With eta = 0 order 1
-    is `ddim`, with eta = 1 it is `ddpm`. The first steps build the order up; a step to sigma = 0 is first order, one from
+    is `ddim`, with eta = 1 it is `ddpm`. The first steps build the order up; a step to or from sigma = 0 is first order, one from
     alpha = 0 forgets its start if eta > 0. Order 3 is the published update, whose second-difference term is half of the
     exact one, so that it converges with order 2; `dpmpp_3m_exact` has the exact one. For eta > 0 the mean and covariance
     of Gaussian data converge with order min(order, 2).
@@ -49,13 +49,10 @@ def dpmpp(
 
     Reference: Lu et al. 2022, arXiv:2211.01095, Algorithm 2 and Appendix B.
     """
-    if order not in (1, 2, 3):
-        raise ValueError(f"order must be 1, 2 or 3; got {order!r}")
+    check_integer("order", order, (1, 2, 3))
     k, decay, noise = _stochastic(process, grid, eta, s_noise, inverse)
     w = _weights(k, order, eta, heun, second_difference=0.5)
-    return table.build(
-        f"dpmpp({order})", k, u=(1.0, 0.0), qx=(_ratio(k) * decay,), qd=tuple(w[1:order]), qn=w[0], noise=noise
-    )  # fmt: skip
+    return or_ddim(f"dpmpp({order})", k, k.sigma_t > 0, X0, (ratio(k) * decay,), w[1:order], w[0], noise)
 
 
 def dpmpp_3m_exact(process: Process, grid: Any, *, inverse: bool = False) -> Solver:
@@ -76,7 +73,7 @@ def dpmpp_3m_exact(process: Process, grid: Any, *, inverse: bool = False) -> Sol
     w = _weights(k, 3, 0.0, False, second_difference=1.0)
     zero, no = xp.zeros_like(w[0]), xp.zeros_like(k.finite)
     later = {
-        "t": k.t, "px": (zero + 1,), "pd": (zero, zero), "u": (zero + 1, zero), "qx": (_ratio(k),), "qd": tuple(w[1:]),
+        "t": k.t, "px": (zero + 1,), "pd": (zero, zero), "u": (zero + 1, zero), "qx": (ratio(k),), "qd": tuple(w[1:]),
         "qn": w[0], "accept": ~no, "skip": no, "keep": ~no,
     }  # fmt: skip
     pair = [s | {"keep": no if i else ~no} for i, s in enumerate(stages(process, k, 2, registers=2, value=X0))]
@@ -99,9 +96,9 @@ def dpm_solver_sde(process: Process, grid: Any, order: int = 2, eta: Any = 1.0, 
     Raises: ValueError: bad grid, order or eta.
     Reference: Lu et al. 2022, arXiv:2211.01095, SDE-DPM-Solver.
     """
-    if order not in (1, 2):
-        raise ValueError(f"order must be 1 or 2; got {order!r}")
-    _nonnegative("eta", eta)
+    check_integer("order", order, (1, 2))
+    check_number("eta", eta)
+    check_number("s_noise", s_noise)
     k = table.nodes(process, grid, options=(eta, s_noise))
     xp = k.xp
     only = lambda a, other: xp.where(k.finite, a, other)
@@ -116,7 +113,7 @@ def dpm_solver_sde(process: Process, grid: Any, order: int = 2, eta: Any = 1.0, 
         qx=(only(k.alpha_s / only(k.alpha_t, 1.0), 0.0),),
         qd=(only(-share, 0.0),) * (order - 1),
         qn=only(whole + share, 1.0),
-        noise=None if _is_zero(eta) else noise,
+        noise=None if is_zero(eta) else noise,
     )  # fmt: skip
 
 
@@ -125,9 +122,10 @@ def dpm_solver_sde(process: Process, grid: Any, order: int = 2, eta: Any = 1.0, 
 
 def _stochastic(process: Process, grid: Any, eta: Any, s_noise: Any, inverse: bool) -> tuple[table.Nodes, Any, Any]:
     """The nodes, e^{-eta h}, and the deviation of the noise of every step (None where eta is concretely zero)."""
-    _nonnegative("eta", eta)
+    check_number("eta", eta)
+    check_number("s_noise", s_noise)
     k = table.nodes(process, grid, inverse, (eta, s_noise))
-    if _is_zero(eta):
+    if is_zero(eta):
         return k, 1.0, None
     if inverse:
         raise ValueError(f"inversion is deterministic: eta must be 0 with inverse=True; got {eta}")
@@ -136,11 +134,6 @@ def _stochastic(process: Process, grid: Any, eta: Any, s_noise: Any, inverse: bo
     decay = k.xp.where(k.finite, k.xp.exp(-eta * h), infinite)
     gone = k.xp.where(k.finite, -k.xp.expm1(-2 * eta * h), 1 - infinite)
     return k, decay, s_noise * k.sigma_s * nu.safe_sqrt(gone, k.xp)
-
-
-def _ratio(k: table.Nodes) -> Any:
-    noisy = k.sigma_t > 0
-    return k.xp.where(noisy, k.sigma_s / k.xp.where(noisy, k.sigma_t, 1.0), 0.0)
 
 
 def _spacing(k: table.Nodes, order: int, h: Any) -> tuple[list[Any], Any, Any]:

@@ -8,17 +8,8 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
+from diffjax.solvers.checks import check_number, is_zero
 from diffjax.types import Card, Process, Solver
-
-
-def _is_zero(a: Any) -> bool:
-    """Whether a hyper-parameter is concretely zero; a traced one never is, so that its gradient exists."""
-    return nu.namespace(a) is np and float(a) == 0.0
-
-
-def _nonnegative(name: str, value: Any) -> None:
-    if nu.namespace(value) is np and not float(value) >= 0:
-        raise ValueError(f"{name} must be >= 0; got {value}")
 
 
 def ddim(process: Process, grid: Any, eta: Any = 0.0, *, s_noise: Any = 1.0, inverse: bool = False) -> Solver:
@@ -38,9 +29,10 @@ def ddim(process: Process, grid: Any, eta: Any = 0.0, *, s_noise: Any = 1.0, inv
 
     Reference: Song et al. 2021, arXiv:2010.02502, Eq. 12 and 16.
     """
-    _nonnegative("eta", eta)
+    check_number("eta", eta)
+    check_number("s_noise", s_noise)
     k = table.nodes(process, grid, inverse, (eta, s_noise))
-    if _is_zero(eta):  # a branch of its own: sqrt(0 * ...) has an infinite derivative
+    if is_zero(eta):  # a branch of its own: sqrt(0 * ...) has an infinite derivative
         return table.build("ddim", k, u=(k.alpha_s, k.sigma_s), qx=(0.0,), qn=1.0)
     if inverse:
         raise ValueError(f"inversion is deterministic: eta must be 0 with inverse=True; got {eta}")
@@ -77,8 +69,7 @@ def ddpm(process: Process, grid: Any, variance: Any = 0.0) -> Solver:
     Raises: ValueError: bad grid, variance outside [0, 1].
     Reference: Ho et al. 2020, arXiv:2006.11239, Eq. 6-7 and 11.
     """
-    if nu.namespace(variance) is np and not 0 <= float(variance) <= 1:
-        raise ValueError(f"variance must be in [0, 1], 0 the posterior's and 1 the transition's; got {variance}")
+    check_number("variance", variance, high=1.0, hint="0 the posterior's and 1 the transition's")
     k = table.nodes(process, grid, options=variance)
     gap = k.lam_t - k.lam_s
     gain = -k.xp.expm1(2 * gap)

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from diffjax.solvers import adams, table
+from diffjax.solvers.checks import check_integer
 from diffjax.types import Card, Process, Solver
 
 # weights of Adams-Bashforth for equal steps, newest first
@@ -60,7 +61,7 @@ def ipndm(process: Process, grid: Any, order: int = 4, *, inverse: bool = False)
 
     Reference: Liu et al. 2022, arXiv:2202.09778; Zhang and Chen 2023, arXiv:2204.13902 (the low-order start).
     """
-    adams.check_order(order)
+    check_integer("order", order, adams.ORDERS)
     k = table.nodes(process, grid, inverse)
     taken = adams.reachable(k)
     carry, d = transfer(k.xp, taken, (k.alpha_t, k.sigma_t), (k.alpha_s, k.sigma_s))

@@ -8,6 +8,7 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
+from diffjax.solvers.checks import check_number
 from diffjax.types import Card, Process, Solver
 
 
@@ -52,10 +53,7 @@ def edm_heun(
     Reference: Karras et al. 2022, arXiv:2206.00364, Algorithm 2 and Table 5.
     """
     for name, value in {"s_churn": s_churn, "s_min": s_min, "s_max": s_max, "s_noise": s_noise}.items():
-        if not isinstance(value, (int, float)):
-            continue
-        if not value >= 0:
-            raise ValueError(f"{name} must be >= 0; got {value}")
+        check_number(name, value)
     k = table.nodes(process, grid, options=(s_churn, s_min, s_max, s_noise))
     xp = k.xp
     r = xp.exp(-k.lam_t)
@@ -111,8 +109,7 @@ def edm_rk2(process: Process, grid: Any, alpha: Any = 0.5, *, inverse: bool = Fa
     Raises: ValueError: bad grid or alpha.
     Reference: Karras et al. 2022, arXiv:2206.00364, Algorithm 3.
     """
-    if nu.namespace(alpha) is np and not 0 < float(alpha) <= 1:
-        raise ValueError(f"alpha, the place of the second evaluation in the step, must be in (0, 1]; got {alpha}")
+    check_number("alpha, the place of the second evaluation in the step,", alpha, high=1.0, above=True)
     k = table.nodes(process, grid, inverse, alpha)
     xp = k.xp
     usable = (k.alpha_t > 0) & (k.alpha_s > 0) & (k.finite | (alpha < 1))

@@ -15,7 +15,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.processes.gaussian import number
 from diffjax.solvers import table
-from diffjax.solvers.onestep import _is_zero, _nonnegative
+from diffjax.solvers.checks import check_number, is_zero
 from diffjax.types import Card, Process, Solver
 
 
@@ -95,7 +95,7 @@ def sra1(process: Process, grid: Any, eta: Any = 1.0) -> Solver:
     column = lambda c: xp.broadcast_to(xp.asarray(c, h.dtype), h.shape)
     u0, u1, std = _exact_step(k, eta)
     noise = {}
-    if not _is_zero(eta):
+    if not is_zero(eta):
         # covariance of (M_s - M_t, J) when dVar M = d(r^2)
         vm, mj, vj = h * (2 * r_t - h), h**2 * (r_t - h / 3), h**3 * (2 * r_t / 3 - h / 6)
         sd = xp.sqrt(vj)
@@ -194,7 +194,7 @@ def check_corrector(snr: Any, steps: Any) -> None:
 
 def _start(process: Process, grid: Any, eta: Any) -> tuple[table.Nodes, Any]:
     """The nodes, and `finite(c, other)`: c on steps whose both ends have finite log-SNR, else a safe number."""
-    _nonnegative("eta", eta)
+    check_number("eta", eta)
     k = table.nodes(process, grid, options=eta)
     return k, lambda c, other=0.0: k.xp.where(k.finite, c, other)
 
@@ -210,7 +210,7 @@ def _one_step(name: str, k: table.Nodes, eta: Any, u: tuple[Any, Any], carry: An
     """x_s = carry x + u_0 x0 + u_1 eps + eta std z on steps with two finite ends, else `ddim(eta)`."""
     u0, u1, exact = _exact_step(k, eta)
     pick = lambda a, b: k.xp.where(k.finite, a, b)
-    noise = None if _is_zero(eta) else pick(eta * std, exact)
+    noise = None if is_zero(eta) else pick(eta * std, exact)
     return table.build(name, k, u=(pick(u[0], u0), pick(u[1], u1)), qx=(pick(carry, 0.0),), qn=1.0, noise=noise)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.solvers import table
 from diffjax.solvers.adams import EPS, X0, Value
-from diffjax.solvers.onestep import _is_zero, _nonnegative
+from diffjax.solvers.checks import check_number, is_zero
 from diffjax.types import Card, Process, Solver
 
 NODES = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}  # the intermediate lambdas of a step, as fractions of it
@@ -52,14 +52,17 @@ def exp_rk(
     """
     if value not in (EPS, X0):
         raise ValueError(f"value must be EPS or X0; got {getattr(value, 'name', value)!r}. exp_ab also takes V")
-    _nonnegative("eta", eta)
+    check_number("eta", eta)
+    check_number("s_noise", s_noise)
     k = table.nodes(process, grid, inverse, (eta, s_noise))
     n = k.t.shape[0]
-    orders = (order,) * n if isinstance(order, int) else tuple(order)
-    if len(orders) != n or not set(orders) <= set(NODES):
+    orders = tuple(order) if isinstance(order, (tuple, list)) else (order,) * n
+    if len(orders) != n or any(
+        isinstance(o, bool) or not isinstance(o, (int, np.integer)) or o not in NODES for o in orders
+    ):
         raise ValueError(f"order must be 1, 2 or 3, or one of them for each of the {n} steps; got {order!r}")
     name = f"exp_rk({order}, {value.name})"
-    if _is_zero(eta):
+    if is_zero(eta):
         return _table(name, process, k, orders, value)
     if inverse:
         raise ValueError(f"inversion is deterministic: eta must be 0 with inverse=True; got {eta}")
@@ -93,6 +96,8 @@ def dpm_solver_fast(process: Process, grid: Any, evaluations: int | None = None,
     """
     n = np.shape(grid)[0] - 1 if np.ndim(grid) == 1 else 0
     m = 3 * n - 1 if evaluations is None else evaluations
+    if isinstance(m, bool) or not isinstance(m, (int, np.integer)):
+        raise ValueError(f"evaluations must be an int or None; got {evaluations!r}")
     if n > 0 and (m < 1 or m // 3 + 1 != n):
         raise ValueError(
             f"{evaluations} evaluations need a grid of evaluations // 3 + 1 steps; got {n}. {n} steps take "

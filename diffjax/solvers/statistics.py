@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import numerics as nu
+from diffjax.solvers.checks import check_number
 from diffjax.solvers.table_files import read_arrays
 from diffjax.types import UNBOUND, Denoiser, Key
 
@@ -67,6 +68,7 @@ def model_statistics(
     """
     if isinstance(probes, bool) or not isinstance(probes, int) or probes < 1:
         raise ValueError(f"probes must be an int >= 1; got {probes!r}")
+    check_number("ridge", ridge)
     denoiser, x0, times, lam = _prepare(denoiser, jax.random.fold_in(key, 1), x0, times, least=3)
     moments = _model_moments(jax.random.fold_in(key, 0), denoiser, x0, jnp.asarray(times, x0.dtype), probes=probes)
     m = {name: np.asarray(value, np.float64) for name, value in moments.items()}

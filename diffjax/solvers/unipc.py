@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from diffjax.solvers import adams, table
+from diffjax.solvers.checks import check_integer
 from diffjax.types import Card, Process, Solver
 
 
@@ -55,7 +56,7 @@ def unipc(
 
     Reference: Zhao et al. 2023, arXiv:2302.04867, Theorem 3.1 (UniPC) and Corollary 3.2 (UniP).
     """
-    adams.check_order(order)
+    check_integer("order", order, adams.ORDERS)
     if value is not adams.X0 and value is not adams.EPS:
         raise ValueError(f"value must be X0 or EPS; got {value.name}. For others use exp_abm")
     k = table.nodes(process, grid, inverse)

@@ -12,6 +12,7 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.solvers import table
+from diffjax.solvers.checks import check_number
 from diffjax.solvers.statistics import NoiseMoment, check_statistics
 from diffjax.types import Card, Noise, Process, Solver
 
@@ -143,12 +144,9 @@ def analytic(
         >>> s.rows.noise[1:3].round(3).tolist(), analytic(p, times.uniform(4)).rows.noise[1:3].round(3).tolist()
         ([0.607, 0.506], [0.471, 0.236])
     """
-    if nu.namespace(eta) is np and not 0 <= float(eta) <= 1:
-        raise ValueError(f"eta must be in [0, 1], 0 DDIM's chain and 1 DDPM's; got {eta}")
-    if data_range is not None and not float(data_range) > 0:
-        raise ValueError(
-            f"data_range is the length of the interval that holds the data, > 0 or None; got {data_range!r}"
-        )
+    check_number("eta", eta, high=1.0, hint="0 DDIM's chain and 1 DDPM's")
+    if data_range is not None:
+        check_number("data_range, the length of the interval that holds the data,", data_range, above=True)
     k = table.nodes(process, grid, options=eta)
     xp = k.xp
     gain = -xp.expm1(2 * (k.lam_t - k.lam_s))

@@ -325,7 +325,7 @@ def test_statistics_are_saved_and_loaded(tmp_path):
 def test_bad_options():
     with pytest.raises(ValueError, match="order must be 1, 2 or 3"):
         dpm_v3(VP, GRID, 4)
-    with pytest.raises(ValueError, match="correct_above is a time"):
+    with pytest.raises(ValueError, match="correct_above must be in .* a time"):
         dpm_v3(VP, GRID, correct_above=-0.1)
     with pytest.raises(ValueError, match="arrays of one shape"):
         dpm_v3(VP, GRID, statistics=DATA._replace(s=np.zeros(3)))

@@ -1,5 +1,6 @@
 """SA-Solver: the deterministic limit, the published loop with the same noise, and exact moments on Gaussian data."""
 
+import gaussian_moments
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -86,29 +87,9 @@ def test_against_the_published_loop_with_the_same_noise(predictor, corrector, ta
 
 
 def moments(solver, process, mean, var):
-    """Mean and variance at the end of a table, exactly, for one-dimensional data N(mean, var)."""
-    r = solver.rows
-    q = r.qd.shape[1]
-    centre, cov = np.zeros(1 + q), np.zeros((1 + q, 1 + q))
-    t = solver.grid[0]
-    centre[0] = process.alpha(t) * mean
-    cov[0, 0] = process.alpha(t) ** 2 * var + process.sigma(t) ** 2
-    for i in range(len(r.t)):
-        a, s = process.alpha(r.t[i]), process.sigma(r.t[i])
-        gain = a * var / (a * a * var + s * s)  # x0 = mean + gain (x - a mean)
-        offset = mean - gain * a * mean
-        value = np.zeros(1 + q)
-        value[0] = r.u[i, 0] * gain
-        move, shift = np.zeros((1 + q, 1 + q)), np.zeros(1 + q)
-        move[0] = [r.qx[i, 0] + r.qn[i] * value[0], *r.qd[i]]
-        shift[0] = r.qn[i] * offset
-        if q:
-            move[1], shift[1] = value, offset
-            move[range(2, 1 + q), range(1, q)] = 1.0
-        centre = move @ centre + shift
-        cov = move @ cov @ move.T
-        cov[0, 0] += 0.0 if r.noise is None else r.noise[i] ** 2
-    return centre[0], cov[0, 0]
+    """Mean and variance at the end of a table, exactly, for one-dimensional data N(mean, var) and its marginal at the start."""
+    alpha, sigma = process.alpha(solver.grid[0]), process.sigma(solver.grid[0])
+    return gaussian_moments.run(solver, process, mean, var, (alpha * mean, alpha**2 * var + sigma**2))
 
 
 @pytest.mark.parametrize(("tau", "low", "high"), [(1.0, 0.0, np.inf), (0.6, 0.05, 1.0), (0.0, 0.0, np.inf)])
@@ -118,7 +99,7 @@ def test_gaussian_moments_converge_to_the_truth(tau, low, high):
     error = []
     for n in (10, 20, 40, 80):
         solver = solvers.sa(process, times.log_snr(process, n, stop=0.02), tau=tau, low=low, high=high)
-        error.append(np.abs(np.array(moments(solver, process, mean, var)) - truth).max())
+        error.append(np.abs(moments(solver, process, mean, var) - truth).max())
     # the prior of vp is not exactly the marginal at t = 1, which `moments` starts from: nothing but discretisation is left
     assert error[-1] < 2e-3 and error[0] > 3 * error[1] > 0 and error[2] > 3 * error[3], error
 
@@ -160,7 +141,7 @@ def test_bad_options():
     p, g = processes.vp(), times.uniform(4)
     with pytest.raises(ValueError, match="predictor must be"):
         solvers.sa(p, g, 5)
-    with pytest.raises(ValueError, match="corrector counts its values"):
+    with pytest.raises(ValueError, match="corrector must be 0, 2, 3 or 4, which counts its values"):
         solvers.sa(p, g, 3, 1)
     with pytest.raises(ValueError, match="tau must be >= 0"):
         solvers.sa(p, g, tau=-1.0)

@@ -290,6 +290,21 @@ def test_inversion_returns_to_the_start(name, x64):
     assert np.abs(again - x).max() < (0.1 if CATALOGUE[name].order == 1 else 2e-3)
 
 
+FIRST_ORDER_START = ["ddim", "heun", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_exact", "exp_ab3_x0", "exp_ab3_v",
+                     "unipc3_x0", "unip2_eps", "deis_t3", "lms3", "pndm", "ipndm4", "ghvb2", "dpm_solver_3", "dpmpp_2s",
+                     "dpm_v3_3"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FIRST_ORDER_START)
+def test_the_first_step_from_sigma_zero_adds_the_predicted_noise(name):
+    """Inverse from t = 0, where x says nothing of eps: alpha_s x0 + sigma_s eps, for whatever pair is predicted."""
+    process, grid, x = processes.vp(), np.array([0.0, 0.3]), np.array([0.7, -1.2])
+    model = lambda y, t: (0.9 * y - 0.2, np.sin(y))
+    x0, eps = model(x, 0.0)
+    end = host_tables.run(CATALOGUE[name].build(process, grid, inverse=True), model, x)
+    np.testing.assert_allclose(end, process.alpha(0.3) * x0 + process.sigma(0.3) * eps, rtol=1e-12)
+
+
 def test_hyper_parameters_are_differentiable(x64):
     d0 = oracle(MIX, processes.vp())
     x = jax.random.normal(jax.random.key(0), (4, 2))

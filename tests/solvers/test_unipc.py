@@ -6,7 +6,7 @@ import pytest
 from host_tables import VP, gaussian, network, run, slope
 
 from diffjax import processes, solvers, times
-from diffjax.solvers import EPS, X0, V, adams, exp_ab, exp_abm, unipc
+from diffjax.solvers import EPS, X0, V, adams, checks, exp_ab, exp_abm, unipc
 
 build = unipc.unipc
 GRID = times.uniform(8, start=0.93, stop=0.04)
@@ -190,4 +190,4 @@ def test_bad_options():
     with pytest.raises(ValueError, match="blend must be in"):
         exp_abm(VP, GRID, 2, blend=1.5)
     with pytest.raises(ValueError, match="order must be"):
-        adams.check_order(True)
+        checks.check_integer("order", True, adams.ORDERS)

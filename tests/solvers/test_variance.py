@@ -214,7 +214,7 @@ def test_moments_are_saved_and_checked(tmp_path):
         check_statistics(solvers.DATA, solvers.NoiseMoment)
     with pytest.raises(ValueError, match="eta must be in"):
         solvers.analytic(process, grid, eta=1.5)
-    with pytest.raises(ValueError, match="data_range is the length"):
+    with pytest.raises(ValueError, match="data_range, the length"):
         solvers.analytic(process, grid, data_range=0.0)
     d = oracle(gaussian([0.0], 1.0), process)
     with pytest.raises(ValueError, match="distinct times with finite log-SNR"):
