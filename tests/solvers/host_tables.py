@@ -5,18 +5,29 @@ import numpy as np
 from diffjax import processes
 
 
-def run(solver, model, x, first=0, past_x=(), past_d=()):
-    """The state after the last row, from row `first`; `model(y, t) -> (x0, eps)`; histories are newest first."""
-    r = solver.rows
+def run(solver, model, x, first=0, past_x=(), past_d=(), noise=(), points=None):
+    """The state after the last row, from row `first`; `model(y, t) -> (x0, eps)`; histories are newest first.
+
+    noise: the normals, in the order in which rows draw them.   points: a list that gets every `(t, y)` of an evaluation.
+    """
+    r, noise = solver.rows, iter(noise)
     xs = [x, *past_x, *[x] * r.qx.shape[1]][: r.qx.shape[1]]
     ds = [*past_d, *[0 * x] * r.qd.shape[1]][: r.qd.shape[1]]
     dot = lambda c, registers: sum((a * b for a, b in zip(c, registers, strict=True)), 0 * x)
     for i in range(first, len(r.t)):
-        x0, eps = model(dot(r.px[i], xs) + dot(r.pd[i], ds), r.t[i])
+        shared = r.pz is not None and (r.pz[i] != 0 or r.qz[i] != 0)
+        z = next(noise) if shared else 0 * x
+        y = dot(r.px[i], xs) + dot(r.pd[i], ds) + (r.pz[i] * z if shared else 0)
+        x0, eps = model(y, r.t[i])
         d = r.u[i, 0] * x0 + r.u[i, 1] * eps
-        xs = [dot(r.qx[i], xs) + dot(r.qd[i], ds) + r.qn[i] * d, *xs[:-1]]
+        new = dot(r.qx[i], xs) + dot(r.qd[i], ds) + r.qn[i] * d + (r.qz[i] * z if shared else 0)
+        if r.noise is not None and r.noise[i] != 0:
+            new = new + r.noise[i] * next(noise)
+        xs = [new, *xs[:-1]]
         if r.keep[i] and ds:
             ds = [d, *ds[:-1]]
+        if points is not None:
+            points.append((r.t[i], y))
     return xs[0]
 
 

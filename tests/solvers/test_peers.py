@@ -5,6 +5,7 @@ A table is replayed in NumPy with the recorded normals: every point at which the
 
 import pathlib
 
+import host_tables
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -87,26 +88,16 @@ def denoise(z, sigma):
 
 def replay(solver, process, x, noise):
     """The rows of a table in NumPy; normals are taken from `noise` in order.   Returns: points, ratios, end."""
-    r, noise = solver.rows, iter(noise)
-    xs, ds = [x] * r.px.shape[1], [np.zeros_like(x)] * r.pd.shape[1]
-    mix = lambda c, registers: sum(a * b for a, b in zip(c, registers, strict=True))
-    points, ratios = [], []
-    for i, t in enumerate(r.t):
-        shared = r.pz is not None and (r.pz[i] != 0 or r.qz[i] != 0)
-        z = next(noise) if shared else np.zeros_like(x)
-        y = mix(r.px[i], xs) + mix(r.pd[i], ds) + (r.pz[i] * z if shared else 0)
+
+    def model(y, t):
         alpha, sigma = process.alpha(t), process.sigma(t)
         x0 = denoise(y / alpha, sigma / alpha)
-        d = r.u[i, 0] * x0 + r.u[i, 1] * (y - alpha * x0) / sigma
-        new = mix(r.qx[i], xs) + mix(r.qd[i], ds) + r.qn[i] * d + (r.qz[i] * z if shared else 0)
-        if r.noise is not None and r.noise[i] != 0:
-            new = new + r.noise[i] * next(noise)
-        points.append(y)
-        ratios.append(sigma / alpha)
-        xs = [new, *xs[:-1]]
-        if ds and r.keep[i]:
-            ds = [d, *ds[:-1]]
-    return np.stack(points), np.array(ratios), xs[0]
+        return x0, (y - alpha * x0) / sigma
+
+    asked = []
+    end = host_tables.run(solver, model, x, noise=noise, points=asked)
+    t, points = (np.stack(a) for a in zip(*asked, strict=True))
+    return points, process.sigma(t) / process.alpha(t), end
 
 
 def case(name):

@@ -1,6 +1,7 @@
 """Every catalogue entry against the contract of a solver, and the table as a value."""
 
 import dataclasses
+import functools
 
 import host_tables
 import jax
@@ -12,6 +13,7 @@ import diffjax
 from diffjax import processes, solvers, times
 from diffjax.solvers import CATALOGUE
 from diffjax.testing import draw, flow, gaussian, oracle, smooth_mixture
+from diffjax.types import Denoiser, Evaluation
 
 PROCESSES = {"vp": processes.vp, "cosine": processes.cosine, "sub_vp": processes.sub_vp, "ve": processes.ve,
              "edm": processes.edm, "rectified": processes.rectified}  # fmt: skip
@@ -95,11 +97,22 @@ def test_v_steps_are_exact_for_standard_normal_data(x64):
     np.testing.assert_allclose(got, x, rtol=1e-10)
 
 
+READS = {"x0": diffjax.from_x0, "eps": diffjax.from_eps, "v": diffjax.from_v, "edm": diffjax.from_edm}
+
+
+def read_by_number(denoiser, state, x, t, cond, key):
+    """A network whose output is read in one of the `READS`; which one is a leaf, so that all share a compilation."""
+    which, scale = denoiser.leaves
+    out = scale * jnp.tanh(x) + 0.1
+    return Evaluation(
+        jax.lax.switch(which, [lambda r=r: r(out, x, denoiser.process, t) for r in READS.values()]), state
+    )
+
+
 @pytest.fixture(scope="module")
 def endpoint_matrix():
     """Every method x process x parameterisation from exactly t = 1 to exactly t = 0, stacked: one compilation a process."""
-    reads = {"x0": diffjax.from_x0, "eps": diffjax.from_eps, "v": diffjax.from_v, "edm": diffjax.from_edm}
-    net = lambda params, x, t, cond: params * jnp.tanh(x) + 0.1
+    run = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
     x1 = jax.random.normal(jax.random.key(0), (2, 3))
     out, refused = {}, {}
     for pname, make in PROCESSES.items():
@@ -112,8 +125,10 @@ def endpoint_matrix():
             except ValueError as e:
                 refused[pname, name] = str(e)
         x = x1 * process.sigma(1.0)
-        for rname, read in reads.items():
-            end = run_stack(tables, diffjax.denoiser(net, process, read, 0.9), x)
+        stacked = solvers.stack(tables)
+        for i, rname in enumerate(READS):
+            d = Denoiser((jnp.int32(i), jnp.float32(0.9)), process, apply=read_by_number)
+            end = run(jax.random.key(0), d, stacked, x)
             out.update({(pname, name, rname): np.asarray(e) for name, e in zip(names, end, strict=True)})
     return out, refused
 
@@ -292,16 +307,17 @@ def test_inversion_returns_to_the_start(name, x64):
 
 FIRST_ORDER_START = ["ddim", "heun", "dpmpp_1", "dpmpp_2m", "dpmpp_3m", "dpmpp_3m_exact", "exp_ab3_x0", "exp_ab3_v",
                      "unipc3_x0", "unip2_eps", "deis_t3", "lms3", "pndm", "ipndm4", "ghvb2", "dpm_solver_3", "dpmpp_2s",
-                     "dpm_v3_3"]  # fmt: skip
+                     "dpm_v3_3", "sa"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FIRST_ORDER_START)
 def test_the_first_step_from_sigma_zero_adds_the_predicted_noise(name):
     """Inverse from t = 0, where x says nothing of eps: alpha_s x0 + sigma_s eps, for whatever pair is predicted."""
     process, grid, x = processes.vp(), np.array([0.0, 0.3]), np.array([0.7, -1.2])
+    options = {"tau": 0.0} if name == "sa" else {}
     model = lambda y, t: (0.9 * y - 0.2, np.sin(y))
     x0, eps = model(x, 0.0)
-    end = host_tables.run(CATALOGUE[name].build(process, grid, inverse=True), model, x)
+    end = host_tables.run(CATALOGUE[name].build(process, grid, inverse=True, **options), model, x)
     np.testing.assert_allclose(end, process.alpha(0.3) * x0 + process.sigma(0.3) * eps, rtol=1e-12)
 
 
@@ -310,29 +326,30 @@ def test_hyper_parameters_are_differentiable(x64):
     x = jax.random.normal(jax.random.key(0), (4, 2))
     grid = times.uniform(6, start=0.95)
 
+    @jax.jit
+    @functools.partial(jax.value_and_grad, argnums=(0, 1, 2, 3))
     def end(beta_max, eta, churn, shift):
         process = processes.vp(0.1, beta_max)
-        d = dataclasses.replace(d0, process=process)
-        total = 0.0
-        for s in (
+        shifted = shift * jnp.asarray(grid)
+        tables = [
             solvers.ddim(process, grid, eta=eta),
             solvers.ddpm(process, grid, variance=eta),
             solvers.edm_heun(process, grid, s_churn=churn),
-            solvers.dpmpp(process, shift * jnp.asarray(grid), order=3),
-            solvers.exp_ab(process, shift * jnp.asarray(grid), order=3, value=solvers.V),
-            solvers.heun(process, shift * jnp.asarray(grid)),
+            solvers.dpmpp(process, shifted, order=3),
+            solvers.exp_ab(process, shifted, order=3, value=solvers.V),
+            solvers.heun(process, shifted),
             solvers.euler(process, grid[:-1]),
-        ):
-            total += jnp.sum(diffjax.sample(jax.random.key(0), d, s, x) ** 2)
-        return total
+        ]
+        run = jax.vmap(diffjax.sample, (None, None, 0, None))
+        return jnp.sum(run(jax.random.key(0), dataclasses.replace(d0, process=process), solvers.stack(tables), x) ** 2)
 
-    grads = jax.jit(jax.grad(end, argnums=(0, 1, 2, 3)))(20.0, 0.5, 2.0, 0.99)
+    grads = end(20.0, 0.5, 2.0, 0.99)[1]
     assert all(np.isfinite(g) and g != 0 for g in grads)
-    assert np.isfinite(jax.grad(end, argnums=1)(20.0, 0.0, 2.0, 0.99))  # sqrt(0 * ...) has no finite derivative
+    assert np.isfinite(end(20.0, 0.0, 2.0, 0.99)[1][1])  # sqrt(0 * ...) has no finite derivative
     step = 1e-5
-    f = jax.jit(end)
-    numeric = (f(20.0 + step, 0.5, 2.0, 0.99) - f(20.0 - step, 0.5, 2.0, 0.99)) / (2 * step)
-    np.testing.assert_allclose(grads[0], numeric, rtol=1e-5)
+    for i, grad in enumerate(grads):
+        up, down = ([v + sign * step * (j == i) for j, v in enumerate((20.0, 0.5, 2.0, 0.99))] for sign in (1, -1))
+        np.testing.assert_allclose(grad, (end(*up)[0] - end(*down)[0]) / (2 * step), rtol=1e-5)
 
 
 def test_traced_grid_builds_the_same_table(x64):
