@@ -34,3 +34,18 @@ def check_integer(name: str, value: Any, accepted: tuple[int, ...], hint: str = 
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value not in accepted:
         listed = ", ".join(map(str, accepted[:-1]))
         raise ValueError(f"{name} must be {listed} or {accepted[-1]}{hint and ', ' + hint}; got {value!r}")
+
+
+def check_inverse(inverse: bool, name: str, value: Any) -> None:
+    """Refuse noise on the way from data to noise, where the option `name` is not concretely zero."""
+    if inverse and not is_zero(value):
+        raise ValueError(f"inversion is deterministic: {name} must be 0 with inverse=True; got {value}")
+
+
+def check_noise_fits(eta: Any, gain: Any, rest: Any) -> None:
+    """Refuse an eta that asks for more noise than there is: the share `rest = 1 - eta^2 gain` left of it is negative."""
+    if nu.namespace(rest) is np and np.min(rest) < -1e-12:
+        largest = float(np.max(gain)) ** -0.5
+        raise ValueError(
+            f"eta = {eta} asks for more noise than sigma_s; the largest that fits this grid is {largest:.6g}"
+        )

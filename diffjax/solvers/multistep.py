@@ -9,7 +9,7 @@ import jax
 from diffjax import numerics as nu
 from diffjax.solvers import table
 from diffjax.solvers.adams import X0, or_ddim, ratio
-from diffjax.solvers.checks import check_integer, check_number, is_zero
+from diffjax.solvers.checks import check_integer, check_inverse, check_number, is_zero
 from diffjax.solvers.singlestep import phi, stages
 from diffjax.types import Card, Process, Solver
 
@@ -127,8 +127,7 @@ def _stochastic(process: Process, grid: Any, eta: Any, s_noise: Any, inverse: bo
     k = table.nodes(process, grid, inverse, (eta, s_noise))
     if is_zero(eta):
         return k, 1.0, None
-    if inverse:
-        raise ValueError(f"inversion is deterministic: eta must be 0 with inverse=True; got {eta}")
+    check_inverse(inverse, "eta", eta)
     h = k.xp.where(k.finite, k.lam_s, 1.0) - k.xp.where(k.finite, k.lam_t, 0.0)
     infinite = k.xp.where(k.xp.asarray(eta, h.dtype) > 0, 0.0, 1.0)
     decay = k.xp.where(k.finite, k.xp.exp(-eta * h), infinite)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
 from diffjax import numerics as nu
 from diffjax.solvers import table
-from diffjax.solvers.checks import check_number, is_zero
+from diffjax.solvers.checks import check_inverse, check_noise_fits, check_number, is_zero
 from diffjax.types import Card, Process, Solver
 
 
@@ -34,13 +32,10 @@ def ddim(process: Process, grid: Any, eta: Any = 0.0, *, s_noise: Any = 1.0, inv
     k = table.nodes(process, grid, inverse, (eta, s_noise))
     if is_zero(eta):  # a branch of its own: sqrt(0 * ...) has an infinite derivative
         return table.build("ddim", k, u=(k.alpha_s, k.sigma_s), qx=(0.0,), qn=1.0)
-    if inverse:
-        raise ValueError(f"inversion is deterministic: eta must be 0 with inverse=True; got {eta}")
+    check_inverse(inverse, "eta", eta)
     gain = -k.xp.expm1(2 * (k.lam_t - k.lam_s))  # in (0, 1]
     rest = 1 - eta**2 * gain
-    if nu.namespace(rest) is np and np.min(rest) < -1e-12:
-        raise ValueError(f"eta = {eta} asks for more noise than sigma_s; the largest that fits this grid is "
-                         f"{float(np.max(gain)) ** -0.5:.6g}")  # fmt: skip
+    check_noise_fits(eta, gain, rest)
     return table.build(
         "ddim", k, u=(k.alpha_s, k.sigma_s * nu.safe_sqrt(rest, k.xp)), qx=(0.0,), qn=1.0,
         noise=eta * s_noise * k.sigma_s * nu.safe_sqrt(gain, k.xp),

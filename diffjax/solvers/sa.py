@@ -7,7 +7,7 @@ from typing import Any
 
 from diffjax import numerics as nu
 from diffjax.solvers import adams, table
-from diffjax.solvers.checks import check_integer, check_number, is_zero
+from diffjax.solvers.checks import check_integer, check_inverse, check_number, is_zero
 from diffjax.types import Card, Process, Solver
 
 
@@ -51,8 +51,7 @@ def sa(
     for name, value in {"tau": tau, "low": low, "high": high}.items():
         check_number(name, value)
     silent = is_zero(tau)  # no noise column then: sqrt(0) has no derivative
-    if inverse and not silent:
-        raise ValueError(f"inversion is deterministic: tau must be 0 with inverse=True; got {tau}")
+    check_inverse(inverse, "tau", tau)
     k = table.nodes(process, grid, inverse, (tau, low, high))
     xp = k.xp
     r = xp.exp(-k.lam_t)

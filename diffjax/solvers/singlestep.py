@@ -10,7 +10,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.solvers import table
 from diffjax.solvers.adams import EPS, X0, Value
-from diffjax.solvers.checks import check_number, is_zero
+from diffjax.solvers.checks import check_inverse, check_noise_fits, check_number, is_zero
 from diffjax.types import Card, Process, Solver
 
 NODES = {1: (), 2: (1 / 2,), 3: (1 / 3, 2 / 3)}  # the intermediate lambdas of a step, as fractions of it
@@ -64,13 +64,10 @@ def exp_rk(
     name = f"exp_rk({order}, {value.name})"
     if is_zero(eta):
         return _table(name, process, k, orders, value)
-    if inverse:
-        raise ValueError(f"inversion is deterministic: eta must be 0 with inverse=True; got {eta}")
+    check_inverse(inverse, "eta", eta)
     gain = -k.xp.expm1(2 * (k.lam_t - k.lam_s))  # r_up^2 = eta^2 r_s^2 gain
     rest = (1 - eta**2) + eta**2 * (1 - gain)  # r_down^2 = r_s^2 rest
-    if nu.namespace(rest) is np and np.min(rest) < -1e-12:
-        raise ValueError(f"eta = {eta} asks for more noise than sigma_s; the largest that fits this grid is "
-                         f"{float(np.max(gain)) ** -0.5:.6g}")  # fmt: skip
+    check_noise_fits(eta, gain, rest)
     down, noise = (k.sigma_s * nu.safe_sqrt(part, k.xp) for part in (rest, gain))
     lam_down = k.lam_s - k.xp.log(k.xp.where(rest > 0, rest, 1.0)) / 2
     return _table(name, process, k, orders, value, (lam_down, down), eta * s_noise * noise)

@@ -32,9 +32,9 @@ class ChainRows(NamedTuple):
 
 
 def fraction_of_aux(aux: Any, log_small: Any, log_large: Any) -> Any:
-    """log v = f log_large + (1 - f) log_small,  f = aux['fraction'] in [0, 1], shaped like the state or [B, ...]."""
-    f = _entry(aux, "fraction")
-    return f * log_large.astype(f.dtype) + (1 - f) * log_small.astype(f.dtype)
+    """log v = f log_large + (1 - f) log_small,  f = aux['fraction'] in [0, 1], a tree like the state or [B, ...]."""
+    mix = lambda f: f * log_large.astype(f.dtype) + (1 - f) * log_small.astype(f.dtype)
+    return jax.tree.map(mix, _entry(aux, "fraction"))
 
 
 def log_variance_of_aux(aux: Any, log_small: Any, log_large: Any) -> Any:

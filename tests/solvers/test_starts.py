@@ -139,7 +139,9 @@ def test_every_table_starts_at_exactly_no_signal(x64):
         ends[label] = dict(zip(chosen, np.asarray(run(KEY, oracle(m, process), solvers.stack(tables), x)), strict=True))
     for name, e in ends["zero"].items():
         np.testing.assert_allclose(e.mean(0), [3.0, -2.0], atol=0.12, err_msg=name)
-        if solvers.CATALOGUE[name].order is not None:  # Langevin's spread depends on its own steps, how many and how long
+        if (
+            solvers.CATALOGUE[name].order is not None
+        ):  # Langevin's spread depends on its own steps, how many and how long
             np.testing.assert_allclose(e.std(0), 0.5, atol=0.08, err_msg=name)
     assert np.abs(ends["plain"]["ddim"].mean(0) - [3.0, -2.0]).max() > 0.5
 

@@ -219,3 +219,11 @@ def test_moments_are_saved_and_checked(tmp_path):
     d = oracle(gaussian([0.0], 1.0), process)
     with pytest.raises(ValueError, match="distinct times with finite log-SNR"):
         solvers.noise_moment(jax.random.key(0), d, jnp.ones((2, 1)), [0.0, 0.5])
+
+
+def test_the_fraction_may_be_a_tree_like_the_state():
+    small, large = jnp.float32(-2.0), jnp.float32(1.0)
+    f = {"u": jnp.full((2, 3), 0.25), "v": jnp.ones(2)}
+    got = solvers.fraction_of_aux({"fraction": f}, small, large)
+    np.testing.assert_allclose(got["u"], np.full((2, 3), -1.25))
+    np.testing.assert_allclose(got["v"], np.ones(2))
