@@ -140,7 +140,7 @@ PAPERS: dict[str, Paper] = {
     "arXiv:2307.10711": Paper("Pan, Jiachun and Liew, Jun Hao and Tan, Vincent Y. F. and Feng, Jiashi and Yan, Hanshu", 2024,
                               "AdjointDPM: Adjoint Sensitivity Method for Gradient Backpropagation of Diffusion Probabilistic Models"),
     "arXiv:2307.10829": Paper("Zhang, Guoqiang and Lewis, J. P. and Kleijn, W. Bastiaan", 2024,
-                              "Exact Diffusion Inversion via Bidirectional Integration Approximation"),
+                              "Exact Diffusion Inversion via Bi-directional Integration Approximation"),
     "arXiv:2410.07273": Paper("Wang, Fangyikang and Yin, Hubery and Dong, Yuejiang and Zhu, Huminhao and Zhang, Chao and Zhao, Hanbin "
                               "and Qian, Hui and Li, Chen",
                               2024, "BELM: Bidirectional Explicit Linear Multi-step Sampler for Exact Inversion in Diffusion Models"),

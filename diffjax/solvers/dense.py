@@ -5,7 +5,7 @@ row i:  y  = P_i R                  where the network is evaluated, at t_i
         R+ = A_i R + b_i d          R: r state registers
 A row can be undone without solving an equation if and only if A is invertible and P A^-1 b = 0: then y = P A^-1 R+ is known
 from the state after the row, so R = A^-1 (R+ - b d). The undone rows are a table again. In floating point an undone run
-multiplies rounding errors by its `amplification`; a table that would lose all digits is refused.
+multiplies rounding errors by its `amplification`; where a table is to be undone, one that would lose all digits is refused.
 """
 
 from __future__ import annotations
@@ -112,18 +112,36 @@ def amplification(process: Process, solver: Solver) -> float:
 def check_reversible(process: Process, solver: Solver, dtype: Any = None) -> None:
     """Refuse a solver that cannot be undone exactly.   A invertible,  P A^-1 b = 0,  amplification * eps(dtype) <= 1e-3
 
+    The amplification is no fault of the table: it may be sampled with, and only what undoes it (`sample(memory='reversible')`,
+    the builders with inverse=True) calls this. Call it before sampling with `invert(solver)`.
+
     Args: process: of the denoiser.   solver: any; the coefficients are checked where they are concrete.   dtype: of the
     state, default the default float.
     Raises: ValueError: not a reversible table, a row that cannot be undone, or an amplification too large for the dtype.
     """
+    check_algebra(solver)
+    if nu.namespace(solver, process) is not np:
+        return
+    dtype = jnp.result_type(float) if dtype is None else dtype
+    grown, unit = amplification(process, solver), float(jnp.finfo(dtype).eps)
+    if not grown * unit <= LIMIT:
+        raise ValueError(
+            f"undoing this table multiplies rounding errors by {grown:.2g}, which {np.dtype(dtype).name} with {unit:.1g} "
+            f"cannot hold (limit {LIMIT / unit:.1g}). Take mixing or gamma closer to 1 or fewer steps (mixing^(-2 steps), "
+            "gamma^(-steps)), o_belm(value=V) on a grid of nearly equal angles, or float64"
+        )
+
+
+def check_algebra(solver: Solver) -> None:
+    """The exact part of `check_reversible`, which needs neither process nor dtype."""
     if not is_reversible(solver):
         raise ValueError(
             "the solver is not exactly reversible: its state before a row cannot be computed from the one after it. Use "
             "solvers.edict, solvers.bdia or solvers.o_belm, or memory='checkpoint', which works for every solver"
         )
-    if nu.namespace(solver, process) is not np:
+    if nu.namespace(solver) is not np:
         return
-    rows, dtype = solver.rows, jnp.result_type(float) if dtype is None else dtype
+    rows = solver.rows
     scale = np.abs(rows.a).max(axis=(1, 2))
     singular = ~(np.abs(np.linalg.det(rows.a)) > 1e-12 * scale ** rows.a.shape[-1])
     if singular.any():
@@ -139,20 +157,14 @@ def check_reversible(process: Process, solver: Solver, dtype: Any = None) -> Non
             f"row {i} of the table cannot be undone explicitly: P A^-1 b = {leak[i]:.3g}, not 0, so the network would have to "
             "be evaluated at the state that is sought"
         )
-    grown, unit = amplification(process, solver), float(jnp.finfo(dtype).eps)
-    if not grown * unit <= LIMIT:
-        raise ValueError(
-            f"undoing this table multiplies rounding errors by {grown:.2g}, which {np.dtype(dtype).name} with {unit:.1g} "
-            f"cannot hold (limit {LIMIT / unit:.1g}). Take mixing or gamma closer to 1 or fewer steps (mixing^(-2 steps), "
-            "gamma^(-steps)), o_belm(value=V) on a grid of nearly equal angles, or float64"
-        )
 
 
 def invert(solver: Solver) -> Solver:
     """The table that undoes a reversible run, from its end to its start.   P' = P A^-1,  A' = A^-1,  b' = -A^-1 b
 
     All registers of the end must be given for the exact start, see `exposed`; from one state, such as an image, every
-    register starts as its copy. `invert(invert(solver))` is `solver` up to rounding.
+    register starts as its copy. `invert(invert(solver))` is `solver` up to rounding. A run of the inverse multiplies rounding
+    errors by the `amplification` of `solver`, which is checked by `check_reversible` and not here.
 
     Args: solver: from `edict`, `bdia` or `o_belm`.
     Returns: a table of as many rows on the reversed grid.
