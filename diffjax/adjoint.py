@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,7 +13,7 @@ from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.sampling import cast_rows, sample
 from diffjax.solvers import heun
-from diffjax.types import Denoiser, Evaluation, Key, Noise, Prediction, Solver
+from diffjax.types import Denoiser, Evaluation, Key, Noise, Prediction, Solver, batched_cond
 
 
 def adjoint_sample(
@@ -22,16 +23,17 @@ def adjoint_sample(
 
     y = x / alpha,  rho = sigma / alpha:   dy/drho = eps,   da/drho = -a^T deps/dy,   dg/drho = -a^T deps/dparameters
 
-    from a = dL/dy at the data to the noise, where a is the gradient of the start and g those of the denoiser's leaves and of
-    the condition. In these coordinates the augmented ODE is a probability flow like any other, so that any deterministic
-    table solves it. The gradient is that of the exact flow: it differs from the one of the discrete solver by the error
-    of both, and is zero for the rows of the solver and for the parameters of the process.
+    from a = dL/dy at the data to the noise, where a is the gradient of the start and g those of the denoiser's leaves and of the
+    conditions, bound and null. In these coordinates the augmented ODE is a probability flow like any other, so that any
+    deterministic table solves it. The gradient is that of the exact flow: it differs from the one of the discrete solver by
+    the error of both, and is zero for the rows of the solver and for the parameters of the process.
 
     Args: key: not used, in the place where `sample` has it.   denoiser: stateless, its condition bound.   solver:
     deterministic, on a grid with alpha > 0 and sigma > 0.   x: [B, ...].   backward: on the reversed grid (built with
     inverse=True), default `heun`: two evaluations a step, and far closer at 50 steps than tables of one.
     Returns: x at the end of the grid.
-    Raises: ValueError: a solver that draws noise, a grid that reaches alpha = 0 or sigma = 0, or a backward grid with other ends.
+    Raises: ValueError: a solver that draws noise, a stateful denoiser, a grid that reaches alpha = 0 or sigma = 0, or a backward
+    grid with other ends.
 
     Example:
         >>> from diffjax import processes, solvers, testing, times
@@ -45,22 +47,30 @@ def adjoint_sample(
 
     Reference: Pan et al. 2024, arXiv:2307.10711.
     """
-    process = denoiser.process
     if backward is None:
-        backward = heun(process, solver.grid[::-1], inverse=True)
-    _check(denoiser, solver, backward)
-    leaves, tree = jax.tree.flatten((denoiser.leaves, denoiser.cond))
+        backward = heun(denoiser.process, solver.grid[::-1], inverse=True)
+    x = jax.tree.map(nu.state_leaf, x)
+    denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, nu.batch_size(x)))
+    _check(denoiser, solver, backward, x)
+    asked = jax.tree.leaves((denoiser.leaves, denoiser.cond, denoiser.null))
+    parts = denoiser.leaves, denoiser.cond, denoiser.null, denoiser.process, solver, backward
+    leaves, tree = jax.tree.flatten(parts)
     # host numbers stay host numbers; only JAX arrays can be asked for a gradient
-    held = {i: jnp.issubdtype(leaf.dtype, jnp.inexact) for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
-    moving, fixed = ({i: leaves[i] for i, inexact in held.items() if inexact is kind} for kind in (True, False))
+    held = {i: leaf for i, leaf in enumerate(leaves) if isinstance(leaf, jax.Array)}
+    moves = {i for i, leaf in held.items() if i < len(asked) and jnp.issubdtype(leaf.dtype, jnp.inexact)}
+    moving, fixed = ({i: leaf for i, leaf in held.items() if (i in moves) is kind} for kind in (True, False))
 
-    def rebuild(moving: dict, fixed: dict) -> Denoiser:
-        parts = jax.tree.unflatten(tree, [{**moving, **fixed}.get(i, leaf) for i, leaf in enumerate(leaves)])
-        return Denoiser(parts[0], process, parts[1], denoiser.null, denoiser.init, denoiser.apply)
+    def rebuild(moving: dict, fixed: dict) -> tuple[Denoiser, Solver, Solver]:
+        """The arguments of these arrays: a custom derivative may not close over a traced one."""
+        own, cond, null, process, *both = jax.tree.unflatten(
+            tree, [{**moving, **fixed}.get(i, leaf) for i, leaf in enumerate(leaves)]
+        )
+        return Denoiser(own, process, cond, null, denoiser.init, denoiser.apply), *both
 
     @jax.custom_vjp
     def solve(moving: dict, fixed: dict, x: PyTree) -> PyTree:
-        return sample(jax.random.key(0), rebuild(moving, fixed), solver, x)  # nothing is drawn
+        d, solver, _ = rebuild(moving, fixed)
+        return sample(jax.random.key(0), d, solver, x)  # nothing is drawn
 
     def forward(moving: dict, fixed: dict, x: PyTree) -> Any:
         end = solve(moving, fixed, x)
@@ -68,11 +78,13 @@ def adjoint_sample(
 
     def reverse(kept: Any, cotangent: PyTree) -> Any:
         moving, fixed, end = kept
+        d, _, backward = rebuild(moving, fixed)
+        process = d.process
 
         def augmented(outer: Any, state: Any, z: Any, t: Any, cond: Any, key: Any) -> Evaluation:
             x, a, _ = z  # a and g in units of alpha, as x is: every table multiplies all three alike
             alpha, sigma = process.alpha(t), process.sigma(t)
-            eps = lambda moving, x: rebuild(moving, fixed)(x, t).eps
+            eps = lambda moving, x: rebuild(moving, fixed)[0](x, t).eps
             value, pull = jax.vjp(eps, moving, x)
             g_moving, g_x = pull(nu.scale(-1 / alpha, a))
             eps = value, nu.scale(alpha, g_x), g_moving
@@ -92,7 +104,9 @@ def adjoint_sample(
     return solve(moving, fixed, x)
 
 
-def _check(denoiser: Denoiser, solver: Solver, backward: Solver) -> None:
+def _check(denoiser: Denoiser, solver: Solver, backward: Solver, x: PyTree) -> None:
+    if denoiser.stateful(x):
+        raise ValueError("the denoiser carries a state, which no ODE describes; use sample(memory='checkpoint')")
     if any(getattr(s.rows, name, None) is not None for s in (solver, backward) for name in ("noise", "pz")):
         raise ValueError(
             "the adjoint equation is that of an ODE, and the solver draws noise; use sample(memory='checkpoint')"

@@ -18,9 +18,8 @@ import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.losses import LevelDecoder
-from diffjax.losses.denoising import positions
 from diffjax.numerics import PyTree
-from diffjax.types import UNBOUND, Denoiser, Key, PerExample, Process
+from diffjax.types import UNBOUND, Denoiser, Key, PerExample, Process, batched_cond
 
 
 class Density(NamedTuple):
@@ -185,7 +184,6 @@ def _adaptive(
         return jax.tree.map(lambda a: a[0], out.ys) + (6 * out.stats["num_steps"] + 1,)
 
     cond = None if denoiser.cond is UNBOUND else denoiser.cond
-    cond = jax.tree.map(lambda c: jnp.broadcast_to(jnp.asarray(c), (y.shape[0], *jnp.shape(c)[1:])), cond)
     y, total, evaluations = jax.vmap(solve, (0, 1, 0))(y, directions, cond)
     return y, total.T, evaluations
 
@@ -227,7 +225,9 @@ def log_density(
     indices that probes are drawn from, default arange(B).
     Returns: `(log p [B] in nats, Density)`. An item's value does not depend on the others. In float32 log p is within 1e-6
     relative of float64 (64 dimensions, VP and VE to sigma_max 1e4), below that the error is that of the steps.
-    Raises: ValueError: an x that is not [B, ...] floating, no steps, times that do not increase, a bad tolerance.
+    A stateful denoiser begins anew at every evaluation.
+    Raises: ValueError: an x that is not [B, ...] floating, a condition or items of another batch size, no steps, times that do not
+    increase or leave [0, 1], a bad tolerance. RuntimeError: adaptive steps that do not get to the end.
 
     Example:
         >>> from diffjax import processes, testing
@@ -241,9 +241,10 @@ def log_density(
     x = jnp.asarray(x)
     if x.ndim < 2 or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating, of shape [B, ...]; got {x.dtype} {x.shape}")
-    x = x.astype(jnp.float32) if x.dtype in (jnp.bfloat16, jnp.float16) else x
+    x = nu.state_leaf(x)
+    denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, nu.batch_size(x)))
     process, trace = denoiser.process, Exact() if trace is None else trace
-    keys = nu.item_keys(key, positions(x, items))
+    keys = nu.item_keys(key, nu.item_indices(items, nu.batch_size(x)))
     directions = trace.directions(keys, x)
     grid = _grid(process, steps, start, stop)
     at = lambda t: (process.alpha(t), process.sigma(t))
@@ -273,11 +274,16 @@ def _grid(process: Process, steps: Any, start: Any, stop: Any) -> Any:
     if np.ndim(steps) == 0:
         if isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1:
             raise ValueError(f"steps must be an int >= 1, or increasing times [n + 1]; got {steps!r}")
+        if nu.namespace(start, stop) is np and not 0 <= stop < start <= 1:
+            raise ValueError(f"x is at time stop and the prior at start, 0 <= stop < start <= 1; got {start=}, {stop=}")
         return _even(process, int(steps), start, stop)
     xp, (grid,) = nu.host_float64(steps)
-    if xp is np and not (grid.ndim == 1 and len(grid) > 1 and np.all(np.diff(grid) > 0)):
+    if xp is np and not (
+        grid.ndim == 1 and len(grid) > 1 and np.all(np.diff(grid) > 0) and 0 <= grid[0] and grid[-1] <= 1
+    ):
         raise ValueError(
-            f"the times in steps must increase from data to noise, [n + 1]; got {np.array2string(grid[:3], precision=4)} "
+            "the times in steps must increase from data to noise within [0, 1], [n + 1]; got "
+            f"{np.array2string(grid[:3], precision=4)} "
             "... Did you mean grid[::-1]?"
         )
     return grid
@@ -310,8 +316,8 @@ def bits_per_dim(
     if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
         raise ValueError(f"samples must be an int >= 1; got {samples!r}")
     levels = LevelDecoder() if levels is None else levels
-    x = jnp.asarray(x)
-    items = positions(x, options.pop("items", None))
+    x = nu.state_leaf(x)
+    items = nu.item_indices(options.pop("items", None), nu.batch_size(x))
     k_u, k_trace = jax.random.split(key)
     low, high = (np.asarray(b, np.float64) for b in (levels.low, levels.high))
     width = jnp.broadcast_to(jnp.asarray((high - low) / (levels.levels - 1), x.dtype), x.shape[1:])

@@ -147,6 +147,14 @@ def batch_size(x: PyTree) -> int:
     return size
 
 
+def item_indices(items: Any, batch: int) -> jax.Array:
+    """`items` as an array of global item indices, default arange(B).   Raises: ValueError: another number of them."""
+    items = jnp.arange(batch) if items is None else jnp.asarray(items)
+    if items.shape != (batch,):
+        raise ValueError(f"items must hold one global index per item, shape ({batch},); got {items.shape}")
+    return items
+
+
 def item_keys(key: jax.Array, items: jax.Array) -> jax.Array:
     """One key per item: `fold_in(key, items[b])`, [B]. Items are global indices, so chunks and devices agree."""
     return jax.vmap(jax.random.fold_in, (None, 0))(key, items)
@@ -168,6 +176,14 @@ def item_normal(keys: jax.Array, step: Any, like: PyTree) -> PyTree:
         for k, leaf in zip(streams, leaves, strict=True)
     ]
     return jax.tree.unflatten(tree, drawn)
+
+
+def state_leaf(leaf: Any) -> jax.Array:
+    """A leaf of the state as a floating array of at least float32, or an error."""
+    leaf = jnp.asarray(leaf)
+    if not jnp.issubdtype(leaf.dtype, jnp.floating):
+        raise ValueError(f"the state x must be floating; got dtype {leaf.dtype}. Use x.astype(jnp.float32)")
+    return leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf
 
 
 def tree_where(flag: Any, on: PyTree, off: PyTree) -> PyTree:

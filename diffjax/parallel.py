@@ -17,9 +17,9 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.prediction import from_v, to_v
-from diffjax.sampling import batched_cond, cast_rows, state_leaf
+from diffjax.sampling import cast_rows
 from diffjax.solvers import table
-from diffjax.types import Cond, Denoiser, Evaluation, Key, Noise, Process, Solver
+from diffjax.types import Cond, Denoiser, Evaluation, Key, Noise, Process, Solver, batched_cond
 
 
 def _norm(process: Process, t: PyTree) -> PyTree:
@@ -76,13 +76,11 @@ def sample_parallel(
     Reference: Shih et al. 2023, arXiv:2305.16317, Algorithm 1 (for one-step tables on a variance-preserving process).
     """
     _check(solver, window, tolerance)
-    x = jax.tree.map(state_leaf, x)
+    x = jax.tree.map(nu.state_leaf, x)
     batch = nu.batch_size(x)
-    items = jnp.arange(batch) if items is None else jnp.asarray(items)
-    if items.shape != (batch,):
-        raise ValueError(f"items must hold one global index per item, shape ({batch},); got {items.shape}")
+    items = nu.item_indices(items, batch)
     denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, batch))
-    if jax.tree.leaves(jax.eval_shape(denoiser.init_state, x)):
+    if denoiser.stateful(x):
         raise ValueError(
             "the denoiser carries state from step to step (a cache, a momentum), and steps are taken at once here; use sample"
         )

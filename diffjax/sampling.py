@@ -14,7 +14,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.solvers import dense
-from diffjax.types import UNBOUND, Denoiser, Key, Noise, Solver
+from diffjax.types import UNBOUND, Denoiser, Key, Noise, Solver, batched_cond
 
 MEMORY = ("plain", "checkpoint", "nested", "reversible")
 
@@ -52,7 +52,8 @@ def sample(
     denoiser's last state.
     Returns: x at the end of the grid; with `keep` a pair `(x, Trajectory)`; with `return_state` the state as last entry.
     Raises: ValueError: empty or ragged batch, integer state, condition or items of another batch size, unknown memory,
-    gradients asked of a padded solver, memory='reversible' of a solver that cannot be undone or with what it excludes.
+    gradients asked of a padded solver, keep with a solver that returns more than a state, memory='reversible' of a solver that
+    cannot be undone in the dtype of x or with what it excludes.
 
     Example:
         >>> import diffjax
@@ -64,11 +65,9 @@ def sample(
     """
     if memory not in MEMORY:
         raise ValueError(f"memory must be one of {MEMORY}; got {memory!r}")
-    x = jax.tree.map(state_leaf, x)
+    x = jax.tree.map(nu.state_leaf, x)
     batch = nu.batch_size(x)
-    items = jnp.arange(batch) if items is None else jnp.asarray(items)
-    if items.shape != (batch,):
-        raise ValueError(f"items must hold one global index per item, shape ({batch},); got {items.shape}")
+    items = nu.item_indices(items, batch)
     denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, batch))
     dtype = jnp.result_type(*jax.tree.leaves(x))
     rows = cast_rows(solver.rows, dtype)
@@ -92,11 +91,16 @@ def sample(
             jax.debug.callback(on_step, i + 1, n, row.t)
         return solving, kept, at
 
-    kept = None
+    begin, kept = solver.init(x, solver.constants), None
     if keep is not False:
+        if jax.tree.structure(solver.read(begin)) != jax.tree.structure(x):
+            raise ValueError(
+                "this solver returns more than a state (a report), which keep cannot store at every point; sample with keep "
+                "and the solver itself, without what adds to its result"
+            )
         first = _kept(keep, x)
         kept = jax.tree.map(lambda leaf: jnp.zeros((solver.steps + 1, *leaf.shape), leaf.dtype).at[0].set(leaf), first)
-    carry = ((solver.init(x, solver.constants), denoiser.init_state(x)), kept, jnp.zeros((), jnp.int32))
+    carry = ((begin, denoiser.init_state(x)), kept, jnp.zeros((), jnp.int32))
 
     if solver.count is not None:
         take = lambda i: jax.tree.map(lambda r: jax.lax.dynamic_index_in_dim(r, i, keepdims=False), rows)
@@ -139,7 +143,7 @@ def _check_reversible(denoiser: Denoiser, solver: Solver, x: PyTree, dtype: Any,
     if solver.count is not None:
         raise ValueError("a padded solver has no gradient; pass the table itself with memory='reversible'")
     dense.check_reversible(denoiser.process, solver, dtype)
-    if jax.tree.leaves(denoiser.init_state(x)):
+    if denoiser.stateful(x):
         raise ValueError("the denoiser carries a state, which cannot be undone; use memory='checkpoint'")
 
 
@@ -147,37 +151,10 @@ def _kept(keep: Any, x: PyTree) -> PyTree:
     return x if keep is True else jax.tree.map(jnp.asarray, keep(x))
 
 
-def state_leaf(leaf: Any) -> jax.Array:
-    """A leaf of the state as a floating array of at least float32, or an error."""
-    leaf = jnp.asarray(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"the state x must be floating; got dtype {leaf.dtype}. Use x.astype(jnp.float32)")
-    return leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf
-
-
 def cast_rows(rows: PyTree, dtype: Any) -> PyTree:
     """Rows in the state's dtype, once, before the loop; flags and integers stay what they are."""
     floating = lambda leaf: jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
     return jax.tree.map(lambda leaf: jnp.asarray(leaf, dtype if floating(leaf) else None), rows)
-
-
-def batched_cond(cond: Any, batch: int) -> Any:
-    """A bound condition with scalars repeated for the batch, or an error that names both sizes."""
-    if cond is UNBOUND or cond is None:
-        return cond
-
-    def leaf(c: Any) -> jax.Array:
-        c = jnp.asarray(c)
-        if c.ndim == 0:
-            return jnp.broadcast_to(c, (batch,))
-        if c.shape[0] != batch:
-            raise ValueError(
-                f"the bound condition has {c.shape[0]} items and the state {batch}; bind a condition of shape "
-                f"({batch}, ...), or a scalar for all items"
-            )
-        return c
-
-    return jax.tree.map(leaf, cond)
 
 
 def sample_chunks(

@@ -40,7 +40,7 @@ class MixtureStart:
         dtype = jnp.result_type(float) if dtype is None else dtype
         _check_size(self.means, shape)
         log_weights, means, scales = (jnp.asarray(a, dtype) for a in (self.log_weights, self.means, self.scales))
-        keys = nu.item_keys(key, jnp.arange(shape[0]) if items is None else jnp.asarray(items))
+        keys = nu.item_keys(key, nu.item_indices(items, shape[0]))
         z = nu.item_normal(keys, nu.PRIOR_STEP, jax.ShapeDtypeStruct((shape[0], means.shape[1]), dtype))
         pick = jax.vmap(lambda k: jax.random.categorical(jax.random.fold_in(k, MIXTURE_STEP), log_weights))(keys)
         return (means[pick] + _turn(scales[pick], z)).reshape(shape)
@@ -165,7 +165,6 @@ def one_more_step(
     k_start, k_noise = (jax.random.fold_in(key, i) for i in range(2))
     x = psi.process.prior(k_start, shape, items=items)
     x0 = psi(x, 1.0).x0
-    items = jnp.arange(nu.batch_size(x)) if items is None else items
-    z = nu.item_normal(nu.item_keys(k_noise, items), nu.PRIOR_STEP, x)
+    z = nu.item_normal(nu.item_keys(k_noise, nu.item_indices(items, nu.batch_size(x))), nu.PRIOR_STEP, x)
     unit = nu.scale(1 / psi.process.sigma(1.0), x)
     return process.add_noise(x0, nu.add(nu.scale(eta, z), nu.scale(math.sqrt(1 - eta**2), unit)), time)

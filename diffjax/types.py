@@ -249,6 +249,10 @@ class Denoiser:
         """The state that `evaluate` threads through a trajectory; `()` for a stateless denoiser."""
         return () if self.init is None else self.init(self, x, self.resolve(cond))
 
+    def stateful(self, x: PyTree) -> bool:
+        """Whether a state is threaded through a trajectory of states like `x`; nothing is computed."""
+        return bool(jax.tree.leaves(jax.eval_shape(self.init_state, x)))
+
     def resolve(self, cond: Cond) -> Cond:
         """The condition given, else the one bound, else None."""
         cond = self.cond if cond is UNBOUND else cond
@@ -290,6 +294,25 @@ class _WrapInit:
     def __call__(self, outer: Any, x: Any, cond: Any) -> PyTree:
         own, inner = _unwrap(outer)
         return inner.init_state(x, cond) if self.f is None else self.f(own, inner, x, cond)
+
+
+def batched_cond(cond: Cond, batch: int) -> Cond:
+    """A bound condition with scalars repeated for the batch, or an error that names both sizes."""
+    if cond is UNBOUND or cond is None:
+        return cond
+
+    def leaf(c: Any) -> jax.Array:
+        c = jnp.asarray(c)
+        if c.ndim == 0:
+            return jnp.broadcast_to(c, (batch,))
+        if c.shape[0] != batch:
+            raise ValueError(
+                f"the bound condition has {c.shape[0]} items and the state {batch}; bind a condition of shape "
+                f"({batch}, ...), or a scalar for all items"
+            )
+        return c
+
+    return jax.tree.map(leaf, cond)
 
 
 Transform = Callable[[Denoiser], Denoiser]

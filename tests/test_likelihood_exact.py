@@ -186,8 +186,10 @@ def _flattened(d, state, x, t, cond, key):
         ({"x": jnp.zeros((2, 2), jnp.int32)}, "x must be floating"),
         ({"steps": 0}, "steps must be an int >= 1"),
         ({"steps": times.uniform(4)}, r"increase from data to noise.*Did you mean grid\[::-1\]"),
+        ({"steps": np.array([0.0, 1.5])}, r"within \[0, 1\]"),
+        ({"start": 0.0, "stop": 1.0}, "0 <= stop < start <= 1"),
         ({"tolerance": 1e-5}, "two positive numbers"),
-        ({"items": jnp.arange(3)}, "one global position per item"),
+        ({"items": jnp.arange(3)}, "one global index per item"),
     ],
 )
 def test_bad_input(options, message):

@@ -167,8 +167,31 @@ def test_the_adjoint_of_a_gaussian_is_the_closed_form(x64):
         np.testing.assert_allclose(gain, np.sqrt(spread[1] / spread[0]), rtol=limit)
 
 
+def test_adjoint_gradients_of_rows_and_process_are_zero_and_a_null_condition_has_one(x64):
+    """Arrays that the custom derivative must not close over; a scalar condition is repeated for the batch."""
+    grid = times.uniform(3, start=0.9, stop=0.2)
+    net = lambda c, x, t, y: x * jnp.cos(t)[:, None] + c * y[:, None]
+
+    def f(beta, qn, null):
+        p = processes.vp(0.1, beta)
+        s = solvers.ddim(processes.vp(), grid)
+        s = dataclasses.replace(s, rows=s.rows._replace(qn=qn * s.rows.qn))
+        d = guidance.cfg(2.0)(diffjax.denoiser(net, p, diffjax.from_v, 0.5, null=null)).bind(1.0)
+        back = solvers.ddim(processes.vp(), grid[::-1], inverse=True)
+        return diffjax.adjoint_sample(KEY, d, s, state(), backward=back).sum()
+
+    one = jnp.ones(())
+    in_process, in_rows, in_null = jax.jit(jax.grad(f, (0, 1, 2)))(20 * one, one, one)
+    assert in_process == 0 and in_rows == 0 and abs(in_null) > 0.1
+    many = jax.jit(jax.vmap(f, (0, 0, 0)))(*(jnp.array([v, v]) for v in (20.0, 1.0, 1.0)))
+    np.testing.assert_allclose(many, f(20 * one, one, one), rtol=1e-10)
+
+
 def test_adjoint_refuses_noise_and_the_ends():
     d = diffjax.denoiser(lambda x, t: x, COSINE, diffjax.from_v)
+    with pytest.raises(ValueError, match="carries a state, which no ODE describes"):
+        stateful = Denoiser((), COSINE, init=lambda d, x, c: jnp.zeros(()), apply=counting)
+        diffjax.adjoint_sample(KEY, stateful, solvers.ddim(COSINE, times.uniform(4)), state())
     with pytest.raises(ValueError, match="needs alpha > 0 and sigma > 0"):
         diffjax.adjoint_sample(KEY, d, solvers.ddim(COSINE, times.uniform(4)), state())
     with pytest.raises(ValueError, match="draws noise"):

@@ -63,7 +63,7 @@ class DenoisingLoss:
         Args: key: one key for the batch.   denoiser: its process adds the noise.   x0: [B, ...] or a pytree.   cond:
         batched condition or None.   items: [B] global positions of the items, default arange.
         """
-        items, process = positions(x0, items), denoiser.process
+        items, process = nu.item_indices(items, nu.batch_size(x0)), denoiser.process
         k_time, k_noise, k_drop, k_net = jax.random.split(key, 4)
         t = self.times(k_time, process, items)
         eps = self.coupling(k_noise, x0, items)
@@ -171,15 +171,6 @@ def v_prediction(times: Any = None, **options: Any) -> DenoisingLoss:
 
 
 # ------------------------------------------------------------------------------------------------------------ helpers
-
-
-def positions(x0: PyTree, items: Any) -> jax.Array:
-    """`items`, default arange(B).   Raises: ValueError: another length, or an empty batch."""
-    n = nu.batch_size(x0)
-    items = jnp.arange(n) if items is None else jnp.asarray(items)
-    if items.shape != (n,):
-        raise ValueError(f"items must hold one global position per item, shape ({n},); got {items.shape}")
-    return items
 
 
 def mean_square(error: PyTree) -> jax.Array:

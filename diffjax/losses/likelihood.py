@@ -18,7 +18,6 @@ from jax.scipy.special import log_ndtr
 
 from diffjax import numerics as nu
 from diffjax.losses.checks import drop_labels
-from diffjax.losses.denoising import positions
 from diffjax.numerics import PyTree, pytree_dataclass, static
 from diffjax.types import Aux, Cond, Denoiser, Key, PerExample, Process
 
@@ -94,7 +93,7 @@ class VariationalBound:
         self, key: Key, denoiser: Denoiser, x0: PyTree, cond: Cond = None, items: Any = None
     ) -> tuple[PerExample, Aux]:
         """Bits per dimension [B], and the three parts in the same unit.   Arguments as of `DenoisingLoss`."""
-        items, process = positions(x0, items), denoiser.process
+        items, process = nu.item_indices(items, nu.batch_size(x0)), denoiser.process
         k_time, k_noise, k_read, k_drop, k_net = jax.random.split(key, 5)
         cond = drop_labels(k_drop, denoiser, cond, items, self.label_drop)
         ends = process.ends()

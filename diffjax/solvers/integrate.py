@@ -15,7 +15,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.solvers.checks import check_number, is_zero
-from diffjax.types import UNBOUND, Denoiser, Key
+from diffjax.types import UNBOUND, Denoiser, Key, batched_cond
 
 LEAST_STEP = 2.0**-14  # of the interval: what an adaptive step on a Brownian path may shrink to
 
@@ -64,8 +64,8 @@ def integrate(
     global indices that the paths are drawn from, default arange(B).   throw: raise if `stop` is not reached, else see
     `Stats.reached`.
     Returns: `(x at stop, Stats)`.
-    Raises: ValueError: times outside [0, 1] or equal, integer state; eta > 0 without a key, with infinite log-SNR at an end, or
-    going up in time.
+    Raises: ValueError: times outside [0, 1] or equal, integer state, condition or items of another batch size, steps that are no
+    int >= 1; eta > 0 without a key, with infinite log-SNR at an end, or going up in time.
     RuntimeError, also from compiled code: max_steps exhausted, or the solver failed.
 
     Example:
@@ -82,9 +82,11 @@ def integrate(
 
     noisy = not is_zero(eta)
     _check(denoiser.process, start, stop, eta, noisy)
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, (int, np.integer)) or steps < 1):
+        raise ValueError(f"steps, of equal length, must be an int >= 1, or None for adaptive steps; got {steps!r}")
     if noisy and key is None:
         raise ValueError("with eta > 0 give a key: the noise of every item is drawn from it")
-    x = jax.tree.map(_floating, x)
+    x = jax.tree.map(nu.state_leaf, x)
     solver = (diffrax.SRA1() if noisy else diffrax.Tsit5()) if solver is None else solver
     adjoint = diffrax.RecursiveCheckpointAdjoint() if adjoint is None else adjoint
     batch, dtype, process = nu.batch_size(x), jnp.result_type(*jax.tree.leaves(x)), denoiser.process
@@ -114,9 +116,9 @@ def integrate(
         return end, sol.ts[-1], *counts, sol.result == diffrax.RESULTS.successful
 
     cond = None if denoiser.cond is UNBOUND else denoiser.cond
-    cond = jax.tree.map(lambda c: jnp.broadcast_to(c, (batch,)) if jnp.ndim(c) == 0 else jnp.asarray(c), cond)
+    cond = batched_cond(cond, batch)
     y = nu.scale(1 / _norm(process, jnp.asarray(start, dtype)), x)
-    items = jnp.arange(batch) if items is None else jnp.asarray(items)
+    items = nu.item_indices(items, batch)
     keys = nu.item_keys(key, items) if noisy else items  # a flow uses none
     if per_item:
         # lax.map and not vmap: under vmap every item runs as long as the slowest, and on CPUs (jaxlib 0.10.2) batches of
@@ -222,13 +224,6 @@ def _or_raise(end: PyTree, ok: Any, max_steps: int) -> PyTree:
         f"integrate did not reach `stop` within max_steps={max_steps}, or the diffrax solver failed. Raise max_steps, raise rtol "
         "and atol, check the denoiser for NaN, or pass throw=False and read Stats.reached",
     )  # fmt: skip
-
-
-def _floating(leaf: Any) -> jax.Array:
-    leaf = jnp.asarray(leaf)
-    if not jnp.issubdtype(leaf.dtype, jnp.floating):
-        raise ValueError(f"the state must be floating; got dtype {leaf.dtype}. Use x.astype(jnp.float32)")
-    return leaf.astype(jnp.float32) if leaf.dtype in (jnp.bfloat16, jnp.float16) else leaf
 
 
 def _check(process: Any, start: Any, stop: Any, eta: Any, noisy: bool) -> None:

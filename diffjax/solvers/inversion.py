@@ -16,7 +16,7 @@ import numpy as np
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.solvers import table
-from diffjax.types import Denoiser, Key, Noise, Solver
+from diffjax.types import Denoiser, Key, Noise, Solver, batched_cond
 
 PATHS = ("independent", "markov")
 
@@ -55,7 +55,8 @@ def encode(
     `ancestral`, `ddim` with eta > 0. A grid that begins at t < 1 keeps more of the data (the papers' T_skip).
     x0: [B, ...].   path: 'independent' or 'markov'.   items: [B] global item indices of the noise, default arange(B).
     Returns: start, residuals and z.
-    Raises: ValueError: another kind of solver, unknown path.
+    Raises: ValueError: another kind of solver, unknown path, a stateful denoiser, an integer or empty x0, a condition or items of
+    another batch size.
 
     Example:
         >>> import diffjax
@@ -73,11 +74,16 @@ def encode(
     if path not in PATHS:
         raise ValueError(f"path must be one of {PATHS}; got {path!r}")
     _check(solver)
-    dtype = jnp.result_type(*jax.tree.leaves(x0))
+    x0 = jax.tree.map(nu.state_leaf, x0)
+    dtype, batch = jnp.result_type(*jax.tree.leaves(x0)), nu.batch_size(x0)
+    denoiser = dataclasses.replace(denoiser, cond=batched_cond(denoiser.cond, batch))
+    if denoiser.stateful(x0):
+        raise ValueError(
+            "the denoiser carries a state from step to step, which a code does not hold; encode without it"
+        )
     cast = lambda leaf: jnp.asarray(leaf, dtype if jnp.issubdtype(jnp.result_type(leaf), jnp.floating) else None)
     rows, grid = jax.tree.map(cast, (solver.rows, solver.grid))
-    batch = nu.batch_size(x0)
-    keys = nu.item_keys(key, jnp.arange(batch) if items is None else jnp.asarray(items))
+    keys = nu.item_keys(key, nu.item_indices(items, batch))
     process, n = denoiser.process, solver.evaluations
     alpha, sigma = process.alpha(grid), process.sigma(grid)
     around = lambda i, eps: nu.add(nu.scale(alpha[i], x0), nu.scale(sigma[i], eps))
@@ -131,6 +137,10 @@ def _mean(denoiser: Denoiser, row: table.Rows, x: PyTree) -> PyTree:
 
 def _check(solver: Solver) -> None:
     r = solver.rows
+    if solver.count is not None:
+        raise ValueError(
+            "encode and replay run every row, and a padded table has rows that are none; pass the table itself"
+        )
     if solver.step is not table.step or r.noise is None or r.pz is not None or (r.px.shape[1], r.pd.shape[1]) != (1, 0):
         raise ValueError(
             "encode and replay need a stochastic one-step table (one state, no kept values, one noise): solvers.ddpm, "

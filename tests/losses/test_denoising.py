@@ -275,7 +275,7 @@ def test_errors_name_the_way_out(x0):
     denoising_loss(label_drop=0.0)(new(), d, x0, cond)
     with pytest.raises(ValueError, match="the batch is empty"):
         denoising_loss()(new(), d, x0[:0])
-    with pytest.raises(ValueError, match="one global position per item"):
+    with pytest.raises(ValueError, match="one global index per item"):
         denoising_loss()(new(), d, x0, items=jnp.arange(3))
     with pytest.raises(ValueError, match=r"1 of 3 labels are outside \[0, 10\); the first is 10 at position 1"):
         check_labels(np.array([1, 10, 2]), 10)

@@ -146,6 +146,13 @@ def test_kept_ends_gradients_and_trees():
     assert np.isfinite(grad) and grad != 0
 
 
+def test_a_report_is_not_kept():
+    s = solvers.reported(solvers.dpm_adaptive(VP, GRID))
+    for keep in (True, lambda x: x):
+        with pytest.raises(ValueError, match="returns more than a state"):
+            diffjax.sample(KEY, oracle(smooth_mixture(), VP), s, jnp.ones((1, 2)), keep=keep)
+
+
 def test_a_traced_grid_and_an_infinite_end_on_the_wrong_side():
     """A stop that is noisier than where the process is cut off still leaves something to step over."""
     process = processes.rectified()

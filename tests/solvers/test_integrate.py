@@ -142,5 +142,11 @@ def test_messages():
         integrate(jax.random.key(0), d, x, 0.1, 0.9, eta=1.0)
     with pytest.raises(ValueError, match="with eta > 0 give a key"):
         integrate(None, d, x, 0.9, 0.1, eta=1.0)
-    with pytest.raises(ValueError, match="state must be floating"):
+    with pytest.raises(ValueError, match="state x must be floating"):
         integrate(None, d, jnp.ones((2, 1), jnp.int32))
+    with pytest.raises(ValueError, match="steps, of equal length, must be an int >= 1"):
+        integrate(None, d, x, steps=0)
+    with pytest.raises(ValueError, match=r"one global index per item, shape \(2,\)"):
+        integrate(jax.random.key(0), d, x, 0.9, 0.1, eta=1.0, items=jnp.arange(3))
+    with pytest.raises(ValueError, match="condition has 3 items and the state 2"):
+        integrate(None, d.bind(jnp.zeros(3)), x)

@@ -108,6 +108,17 @@ def test_bad_input():
     for make in (solvers.ddim, solvers.dpmpp, solvers.edm_heun, solvers.edict):
         with pytest.raises(ValueError, match="need a stochastic one-step table"):
             solvers.encode(KEY, d, make(COSINE, grid), x0)
+    ddpm = solvers.ddpm(COSINE, grid)
+    with pytest.raises(ValueError, match="a padded table has rows that are none"):
+        solvers.encode(KEY, d, solvers.pad(ddpm, 6), x0)
+    with pytest.raises(ValueError, match="condition has 3 items and the state 2"):
+        solvers.encode(KEY, d.bind(jnp.zeros(3)), ddpm, x0)
+    with pytest.raises(ValueError, match=r"one global index per item, shape \(2,\)"):
+        solvers.encode(KEY, d, ddpm, x0, items=jnp.arange(3))
+    with pytest.raises(ValueError, match="must be floating"):
+        solvers.encode(KEY, d, ddpm, x0.astype(int))
+    with pytest.raises(ValueError, match="carries a state"):
+        solvers.encode(KEY, diffjax.Denoiser((), COSINE, init=lambda d, x, c: jnp.zeros(2), apply=d.apply), ddpm, x0)
     with pytest.raises(ValueError, match="path must be one of"):
         solvers.encode(KEY, d, solvers.ddpm(COSINE, grid), x0, "straight")
     code = ENCODE(jax.random.key(5), d, solvers.ddpm(COSINE, grid), x0)
