@@ -124,7 +124,7 @@ def mmd(
 def mmd_to(reference: Any, bandwidth: float | None = None) -> Callable[[Any], jax.Array]:
     """`mmd` on raw values as a JAX function `x [n, d] -> MMD^2`, to be compiled, mapped and searched with.
 
-    Holds all pairs at once: for a few thousand items. Smaller than `mmd` in precision (one float32 sum), equal in value.
+    Holds all pairs at once: for a few thousand items. The value of `mmd`, less precise: one sum in the dtype of x.
 
     Args: reference: [N, d], N >= 2.   bandwidth: > 0, default the median distance within the reference.
     Reference: Gretton et al. 2012 (JMLR 13), Eq. 3
@@ -134,7 +134,7 @@ def mmd_to(reference: Any, bandwidth: float | None = None) -> Callable[[Any], ja
         >>> bool(mmd_to(x)(x + 5) > mmd_to(x)(x + 1) > mmd_to(x)(x))
         True
     """
-    h = bandwidth or median_distance(reference)
+    h = median_distance(reference) if bandwidth is None else bandwidth
     if not h > 0:
         raise ValueError(f"bandwidth, by default the median distance within the reference, must be positive; got {h}")
     reference = jnp.asarray(reference)

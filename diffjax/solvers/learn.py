@@ -54,8 +54,8 @@ def learn(
     """Train grid and entries of a table.   min  mean over problems of rms(sample(x) - target) / that of the table at the start
 
     The grid is `lam_k = lam_0 + (lam_n - lam_0) cumsum(softmax(g))_k` between fixed ends, so that it decreases in time
-    whatever g is; free entries are those of `build(process, grid)` plus a learned offset. With no free entries the table
-    stays the method's own. The result is built on the host in float64.
+    whatever g is (points beyond `process.ends()` are moved there); free entries are those of `build(process, grid)` plus a
+    learned offset. With no free entries the table stays the method's own. The result is built on the host in float64.
 
     Args: build: `(process, grid) -> Solver`, a table without noise.   process: host values.   grid: [n + 1] to begin with,
     whose ends stay.   problems: see `Problems`; the ends of a fine solver or exact flows.   family: what they are, in
@@ -80,10 +80,9 @@ def learn(
     if table.draws(base):
         raise ValueError("learn needs a table that draws no noise; build it deterministic (eta = 0)")
     params = {name: np.zeros_like(getattr(base.rows, name)) for name in free}
-    increments = _increments(process, grid)
     if free_grid:
-        params["grid"] = increments
-    assemble = lambda p: _assemble(build, process, grid[[0, -1]], {"grid": increments, **p})
+        params["grid"] = _increments(process, grid)
+    assemble = lambda p: _assemble(build, process, grid, p)
 
     @jax.jit
     def update(params: PyTree, state: PyTree, some: Problems, unit: Any) -> tuple[PyTree, PyTree, jax.Array]:
@@ -128,14 +127,15 @@ def _bounds(process: Process, ends: Any) -> tuple[Any, Any]:
     return (low if np.isfinite(low) else noise), (high if np.isfinite(high) else data)
 
 
-def _assemble(build: Callable[..., Solver], process: Process, ends: np.ndarray, params: dict) -> Solver:
-    """The table of these parameters: NumPy float64 if they are."""
-    xp = nu.namespace(params)
+def _assemble(build: Callable[..., Solver], process: Process, grid: Any, params: dict) -> Solver:
+    """The table of these parameters: NumPy float64 if they are. Without "grid" among them the grid stays what it is."""
+    xp, ends = nu.namespace(params), grid[[0, -1]]
     low, high = _bounds(process, ends)
-    gaps = xp.exp(params["grid"] - xp.max(params["grid"]))
-    lam = low + (high - low) * xp.cumsum(gaps)[:-1] / xp.sum(gaps)
-    cast = lambda a: xp.asarray(a, lam.dtype)
-    grid = xp.concatenate([cast(ends[:1]), process.time_of_log_snr(lam), cast(ends[1:])])
+    if "grid" in params:
+        gaps = xp.exp(params["grid"] - xp.max(params["grid"]))
+        lam = low + (high - low) * xp.cumsum(gaps)[:-1] / xp.sum(gaps)
+        cast = lambda a: xp.asarray(a, lam.dtype)
+        grid = xp.concatenate([cast(ends[:1]), process.time_of_log_snr(lam), cast(ends[1:])])
     solver = build(process, grid)
     rows, change = solver.rows, {}
     for name in params.keys() - {"grid"}:

@@ -165,15 +165,17 @@ def langevin(process: Process, t: Any, steps: int, snr: Any = 0.2) -> Solver:
 
     Samples the marginal at time t, with a bias of first order in e.
 
-    Args: process: Gaussian.   t: time with sigma_t > 0.   steps: >= 1.   snr: > 0.
+    Args: process: Gaussian.   t: time in [0, 1] with sigma_t > 0.   steps: >= 1.   snr: > 0.
     Returns: a table of `steps` rows; its grid is t throughout.
-    Raises: ValueError: sigma_t = 0, snr or steps not positive.
+    Raises: ValueError: t outside [0, 1], sigma_t = 0, snr or steps not positive.
     Reference: Song and Ermon 2019, arXiv:1907.05600, Eq. 4.
     """
     check_corrector(snr, steps)
     xp, (t, *_) = nu.host_float64(t, process.params, snr)
     grid = xp.broadcast_to(t, (steps + 1,))
     alpha, sigma, lam = (f(grid) for f in (process.alpha, process.sigma, process.log_snr))
+    if xp is np and not 0 <= t <= 1:
+        raise ValueError(f"t, the level, must be one time in [0, 1]; got {t}")
     if xp is np and not sigma[0] > 0:
         raise ValueError(
             f"Langevin dynamics needs a level with noise: sigma(t) is 0 at t = {float(t)}; give a larger t"

@@ -113,6 +113,16 @@ def test_zero_offsets_are_the_method_itself(process, stop, x64):
         assert isinstance(s.rows.qn, np.ndarray) == isinstance(p["grid"], np.ndarray)
 
 
+def test_a_grid_that_is_not_free_stays(x64):
+    """Infinite ends, and a point that is nearer to data than where grids in log-SNR end."""
+    process, grid = processes.rectified(), np.array([1.0, 0.7, 0.2, 1e-6, 0.0])
+    zeros = {"qn": np.zeros(4)}
+    for p in (zeros, jax.tree.map(jax.numpy.asarray, zeros)):
+        s = _assemble(TWO_M, process, grid, p)
+        np.testing.assert_array_equal(s.grid, grid)
+        jax.tree.map(np.testing.assert_array_equal, s.rows, TWO_M(process, grid).rows)
+
+
 def test_the_gradient_is_that_of_differences(x64):
     grid = times.log_snr(PROCESS, 3, start=0.95, stop=0.05)
     base = TWO_M(PROCESS, grid)

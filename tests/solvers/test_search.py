@@ -68,6 +68,8 @@ def test_the_compiled_mmd_is_the_metric():
         np.testing.assert_allclose(jax.jit(metrics.mmd_to(a, h))(b), want, rtol=1e-4, atol=1e-6)
     with pytest.raises(ValueError, match="bandwidth"):
         metrics.mmd_to(np.zeros((4, 2)))
+    with pytest.raises(ValueError, match="must be positive; got 0"):
+        metrics.mmd_to(np.arange(4.0)[:, None], bandwidth=0.0)
 
 
 def test_bad_scores(tables):
