@@ -188,7 +188,7 @@ class Process:
         if isinstance(shape, tuple) and all(isinstance(n, (int, np.integer)) for n in shape):
             shape = jax.ShapeDtypeStruct(shape, dtype or jnp.result_type(float))
         n = nu.batch_size(shape)
-        keys = nu.item_keys(key, jnp.arange(n) if items is None else items)
+        keys = nu.item_keys(key, nu.item_indices(items, n))
         return nu.scale(self.sigma(1.0), nu.item_normal(keys, nu.PRIOR_STEP, shape))
 
 

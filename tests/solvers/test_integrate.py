@@ -96,26 +96,26 @@ def test_gradients_are_the_closed_form(adjoint):
 def sde():
     process = processes.vp()
     d = oracle(gaussian([0.5, -0.25], np.array([[0.5, 0.2], [0.2, 0.3]])), process)
-    run = jax.jit(lambda x, items: integrate(jax.random.key(2), d, x, 1.0, 0.001, eta=1.0, steps=40, items=items))
-    x = process.prior(jax.random.key(1), (2048, 2))
+    run = jax.jit(lambda x, items: integrate(jax.random.key(2), d, x, 1.0, 0.001, eta=1.0, steps=20, items=items))
+    x = process.prior(jax.random.key(1), (1024, 2))
     return process, run, x
 
 
 def test_reverse_sde_has_the_law_of_the_data(sde):
     process, run, x = sde
-    end, stats = run(x, jnp.arange(2048))
+    end, stats = run(x, jnp.arange(1024))
     alpha, sigma = process.alpha(0.001), process.sigma(0.001)
     mean, cov = alpha * np.array([0.5, -0.25]), alpha**2 * np.array([[0.5, 0.2], [0.2, 0.3]]) + sigma**2 * np.eye(2)
-    assert np.abs(end.mean(axis=0) - mean).max() < 4 * np.sqrt(0.5 / 2048)
-    assert np.abs(np.cov(np.asarray(end).T) - cov).max() < 4 * 0.5 * np.sqrt(2 / 2048)
+    assert np.abs(end.mean(axis=0) - mean).max() < 4 * np.sqrt(0.5 / 1024)
+    assert np.abs(np.cov(np.asarray(end).T) - cov).max() < 4 * 0.5 * np.sqrt(2 / 1024)
     assert np.abs(np.corrcoef(np.asarray(x)[:, 0], np.asarray(end)[:, 0])[0, 1]) < 0.3  # most of the start is forgotten
-    assert stats.evaluations == 80 and stats.reached == np.float32(0.001)
+    assert stats.evaluations == 40 and stats.reached == np.float32(0.001)
 
 
 def test_paths_belong_to_items(sde):
     _, run, x = sde
-    whole = run(x, jnp.arange(2048))[0]
-    order = jnp.roll(jnp.arange(2048), 7)
+    whole = run(x, jnp.arange(1024))[0]
+    order = jnp.roll(jnp.arange(1024), 7)
     np.testing.assert_allclose(run(x[order], order)[0], whole[order], rtol=1e-5, atol=1e-6)
 
 
