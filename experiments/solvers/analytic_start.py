@@ -4,9 +4,10 @@ At time M < 1 noised data are not N(0, I). Among all N(m, s^2 I) the one of leas
 m = alpha_M E[x0],  s^2 = alpha_M^2 tr(Cov[x0]) / d + sigma_M^2:  two numbers of the data and no training.
 Sampling then runs from x_M ~ N(m, s^2 I) at M, skipping the times where an image-to-video model copies its condition.
 
-Data: a mixture of Gaussians in 8 dimensions whose mean is not zero, with its exact denoiser. At M = 0.3 the components have
-come apart, and one Gaussian no longer is enough for the end to be at the floor, though far better than N(0, I). This is the
-inference half of the paper; its other half, a training that noises the condition (TimeNoise), is `time_noise`.
+Data: a mixture of Gaussians in 8 dimensions whose mean is not zero, with its exact denoiser. What fails: at M = 0.3 the
+components have come apart, and from one Gaussian the end does not reach the floor, though it is far nearer than from N(0, I).
+This is the inference half of the paper; its other half, a training that noises the condition (TimeNoise), is
+`time_noise`.
 """
 
 import jax

@@ -7,8 +7,8 @@ for what they leave, g = e^{-S} f - B. Predict, evaluate, and correct the last s
 The models are exact denoisers: of digits, one diagonal Gaussian per class in 64 dimensions; of a smooth and of a sharp mixture
 in the plane. The peers are DPM-Solver++(2M) and UniPC of orders 2 and 3, whose predictor-corrector in x0 is `sa` with tau = 0.
 Errors are distances to the exact flow at t = 0.01, as ratios to the best peer. The claim fails for one figure: on the sharp
-mixture the root mean square at 8 evaluations is 1.1 times that of the best peer, as it is a matter of few trajectories (at 10
-evaluations the worst twentieth has 97 % of the squared error). There the median is judged. The first step limits the order to 2.
+mixture the root mean square at 8 evaluations is 1.1 times that of the best peer. Few trajectories decide it (at 10 evaluations
+the worst twentieth has 97 % of the squared error), so there the median is judged. The first step limits the order to 2.
 """
 
 import jax

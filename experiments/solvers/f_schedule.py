@@ -1,4 +1,4 @@
-"""F-schedule: hyper-parameters alone: a searched grid that stops above zero noise, and FreeU in chosen steps.
+"""F-schedule: a searched grid that stops above zero noise, and FreeU in chosen steps; nothing is trained.
 
 1. Grid: karras(N, rho) on the noise levels of the model says where to stop, at its j-th point; n steps go there with equal
    steps in t^(1/1.2). N, rho and j are chosen by a search, here over the published ranges.
