@@ -43,7 +43,7 @@ def score_tables(
     chunk: tables at once, for memory.   compiled: `score` is a JAX function and runs in the same call; False: it is called
     on the host with NumPy samples.
     Returns: [K] float64.
-    Raises: ValueError: no tables, solvers that are not tables, another number or structure of denoisers.
+    Raises: ValueError: no tables, solvers that are not tables, another number or structure of denoisers, chunk below 1.
 
     Example:
         >>> from diffjax import processes, solvers, testing, times
@@ -57,6 +57,7 @@ def score_tables(
     if not solvers or any(s.step is not table.step for s in solvers):
         raise ValueError("score_tables needs at least one solver, and all of them linear tables without own step")
     denoisers = [denoiser] * len(solvers) if isinstance(denoiser, Denoiser) else list(denoiser)
+    _counts(chunk=chunk)
     structures = {jax.tree.structure(d) for d in denoisers}
     if len(denoisers) != len(solvers) or len(structures) != 1:
         raise ValueError(
@@ -176,7 +177,8 @@ def evolve(
 
     Args: encoding: the space.   score: all candidates of a generation at once, see `Score`.   seed: of every draw.
     population: candidates a generation.   parents: the best of all so far that are varied.   fresh: share of new draws.
-    start: candidates of the first generation, filled up with draws.   on_generation: `(index, found so far)`.
+    start: candidates of the first generation, filled up with draws; all of them are evaluated, even if more than `population`.
+    on_generation: `(index, found so far)`.
     Returns: the best candidate, its score and the record.
     Raises: ValueError: counts below 1, fresh outside [0, 1], a score of the wrong shape.
 

@@ -68,15 +68,15 @@ def power(n: Any, rho: Scalar = 1.2, start: Scalar = 1.0, stop: Scalar = 0.0) ->
 
     rho = 1 is `uniform`, and rho = 2 with stop = 0 is `quadratic`.
     Args: n: >= 1 steps.   rho: > 0, larger is denser near data.   start, stop: as `uniform`.
-    Raises: ValueError: a concrete `rho` that is not positive.
+    Raises: ValueError: a concrete `rho` that is not positive and finite.
     Reference: Li 2025, arXiv:2510.02390 (rho = 1.2, between ends taken from a grid of `karras`).
 
     Example:
         >>> power(4, 2.0).tolist()
         [1.0, 0.5625, 0.25, 0.0625, 0.0]
     """
-    if not isinstance(rho, jax.core.Tracer) and not rho > 0:
-        raise ValueError(f"rho must be > 0; got {rho!r}")
+    if not isinstance(rho, jax.core.Tracer) and not 0 < rho < math.inf:
+        raise ValueError(f"rho must be a finite number > 0; got {rho!r}")
     check(n, start, stop)
     xp, (start, stop, rho) = nu.host_float64(start, stop, rho)
     high, low = start ** (1 / rho), stop ** (1 / rho)

@@ -80,11 +80,10 @@ def test_noise_is_per_item_and_frames_have_times_of_their_own():
     )
     a, b = jax.random.normal(jax.random.key(8), (2, 4, 5, 3))
     x = {"a": a, "b": b[..., :2]}
-    found, _ = sample_parallel(
-        KEY, d, dataclasses.replace(s, rows=framed), jax.tree.map(lambda a: a[1:3], x), window=4, tolerance=0.0,
-        items=jnp.arange(1, 3),
-    )  # fmt: skip
-    whole = diffjax.sample(KEY, d, s, x)
+    part = jax.tree.map(lambda a: a[1:3], x)
+    run = lambda s, x: sample_parallel(KEY, d, s, x, window=4, tolerance=0.0, items=jnp.arange(1, 3))
+    found, _ = jax.jit(run)(dataclasses.replace(s, rows=framed), part)
+    whole = jax.jit(diffjax.sample)(KEY, d, s, x)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b[1:3], atol=1e-5), found, whole)
 
 

@@ -81,6 +81,8 @@ def test_bad_scores(tables):
         solvers.score_tables([own], d, x, energy)
     with pytest.raises(ValueError, match="give one denoiser, or 5 of one structure; got 2 of 1"):
         solvers.score_tables(tables, [d, d], x, energy)
+    with pytest.raises(ValueError, match="chunk must be at least 1; got 0"):
+        solvers.score_tables(tables, d, x, energy, chunk=0)
 
 
 ENCODINGS = {
