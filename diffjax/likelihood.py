@@ -184,7 +184,8 @@ def _adaptive(
         return jax.tree.map(lambda a: a[0], out.ys) + (6 * out.stats["num_steps"] + 1,)
 
     cond = None if denoiser.cond is UNBOUND else denoiser.cond
-    y, total, evaluations = jax.vmap(solve, (0, 1, 0))(y, directions, cond)
+    # mapped, not vmapped: a batched diffeqsolve is not reproducible on CPU (see solvers.integrate)
+    y, total, evaluations = jax.lax.map(lambda item: solve(*item), (y, jnp.moveaxis(directions, 1, 0), cond))
     return y, total.T, evaluations
 
 

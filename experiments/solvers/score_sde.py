@@ -4,7 +4,8 @@ dx = f x dt + g dW has the kernel N(alpha x0, sigma^2); from noise to data run
     reverse SDE        dx = [f x - g^2 score] dt + g dW        euler_maruyama, reverse_diffusion, sra1, integrate(eta=1)
     probability flow   dx = [f x - g^2 score / 2] dt           integrate, both ways: data -> code -> data
     corrector          x <- x + e score + sqrt(2 e) z           after every predictor step, e = 2 (snr |z| / |score|)^2
-All scores are exact mixtures, so an error is the sampler's own.
+and the flow gives exact likelihoods, with the exact trace or with probes. All scores are exact mixtures, so an error is the
+sampler's own.
 
 When does a corrector pay? At equal evaluations it replaces half of the predictor's steps. With the exact score, the error is
 one of discretisation, and the predictor alone is better (`pc_over_predictor_exact_score` > 1, at snr = 0.16, 50
@@ -14,22 +15,27 @@ more predictor steps hardly help, and Langevin steps at the levels below, whose 
 first is reported. In two dimensions norms of single items vary too much to set a step (`by_norm=False`).
 """
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import metrics, processes, solvers, testing, times
+from diffjax import likelihood, metrics, processes, solvers, testing, times
 from diffjax.types import Prediction
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
     ledger=122,
     paper="arXiv:2011.13456",
-    claim="SDE, ODE and PC marginals match; PC beats the predictor at equal evaluations if the score errs; round trip < 1e-4",
+    claim="SDE, ODE and PC marginals match; exact likelihoods to 1e-3 nats, unbiased with probes; PC beats the predictor at "
+    "equal evaluations if the score errs; round trip < 1e-4",
     expect={
         "kernel_error": at_most(0.01),
         "round_trip_error": at_most(1e-4),
+        "likelihood_error_nats": at_most(1e-3),
+        "probes_bias_in_standard_errors": at_most(4.0),
         "mmd_over_floor": at_most(2.0),
         "mmd_of_half_the_noise_over_floor": at_least(10.0),
         "pc_over_predictor_wrong_score": at_most(0.5),
@@ -103,6 +109,14 @@ def run(preset):
     code, stats = there(data(1), 0.0, 1.0)
     round_trip = jnp.abs(there(code, 1.0, 0.0)[0] - data(1)).max()
 
+    # exact likelihoods by the change of variables, from the law of the data at t = 1
+    few = data(2)[:200]
+    truth = testing.log_density(FLAT, vp, few)
+    prior = types.SimpleNamespace(log_prob=lambda x: testing.log_density(FLAT, vp, x, 1.0))
+    log_p, _ = diffjax.log_density(key, score, few, prior=prior)
+    probed, more = diffjax.log_density(key, score, few, prior=prior, trace=likelihood.Hutchinson(8))
+    bias = abs((probed - log_p).mean()) / (jnp.sqrt((more.standard_error**2).sum()) / len(few))
+
     # equal evaluations: n steps of predictor and corrector, or 2 n of the predictor
     ve = processes.ve(0.01, 50.0)
     x = ve.prior(jax.random.key(5), (n, 16))
@@ -120,6 +134,9 @@ def run(preset):
     return {
         "kernel_error": kernels,
         "round_trip_error": round_trip,
+        "likelihood_error_nats": jnp.abs(log_p - truth).max(),
+        "probes_bias_in_standard_errors": bias,
+        "probes_standard_error_nats": more.standard_error.mean(),
         "encode_evaluations": stats.evaluations,
         "mmd_over_floor": max(over_floor.values()),
         **{f"mmd_over_floor_{name}": value for name, value in over_floor.items()},
