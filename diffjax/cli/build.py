@@ -191,12 +191,17 @@ class Augment:
 def solver(config: Sampler, path: Process) -> Solver:
     """The solver of a run on its grid.   Raises: ValueError: unknown names, or a grid that does not fit."""
     make = entry(solvers.CATALOGUE, config.solver, "solver").build
-    rule = config.solver == "recommended"
-    if rule and config.grid == "auto":
+    rule, grid = config.solver == "recommended", grid_name(config)
+    if rule and grid == "auto":
         return solvers.recommended(path, config.steps, guidance=config.guidance)
-    spaced = entry(times.GRIDS, "karras" if config.grid == "auto" else config.grid, "grid").build
+    spaced = entry(times.GRIDS, grid, "grid").build
     options = {"guidance": config.guidance} if rule else {}
     return make(path, spaced(path, config.steps), **options)
+
+
+def grid_name(config: Sampler) -> str:
+    """The grid that "auto" stands for: karras, except for `recommended`, whose rule has its own."""
+    return "karras" if config.grid == "auto" and config.solver != "recommended" else config.grid
 
 
 def guided(denoiser: Denoiser, weight: float, interval: tuple[float, float] | None = None) -> Denoiser:

@@ -159,7 +159,7 @@ def main(args: Sample) -> int:
     if drawable(run.shape):
         console.show(f"grid     {save_grid(folder / f'{name}.png', run.transform, x)}")
     console.show(
-        f"weights  {run.weights} of step {run.step}, {sampler.solver} on {sampler.grid}, {solver.evaluations} evaluations "
-        f"a sample, guidance {sampler.guidance:g}  ({time.monotonic() - began:.0f} s)"
+        f"weights  {run.weights} of step {run.step}, {sampler.solver} on {build.grid_name(sampler)}, "
+        f"{solver.evaluations} evaluations a sample, guidance {sampler.guidance:g}  ({time.monotonic() - began:.0f} s)"
     )
     return 0

@@ -176,6 +176,6 @@ CARDS = {
         flags=("nonlinear",),
     ),
     "analytic_ddpm": Card(
-        analytic, "arXiv:2201.06503#Theorem 1", "reverse chain with the optimal variance of a model", 1, 1, noise=True
+        analytic, "arXiv:2201.06503#Thm.1", "reverse chain with the optimal variance of a model", 1, 1, noise=True
     ),
 }  # fmt: skip

@@ -85,8 +85,9 @@ def one_compilation() -> dict[str, int]:
 
     tables = [build(name, n) for name in linear() for n in (5, 10, 20)]
     p, q = (max(t.rows._asdict()[f].shape[1] for t in tables) for f in ("px", "pd"))
+    longest = max(t.evaluations for t in tables)
     for table in tables:
-        run(solvers.pad(table, 40, p, q, noise=2))
+        run(solvers.pad(table, longest, p, q, noise=2))
     return {"tables": len(tables), "traces": len(traces), "executables": run._cache_size()}
 
 

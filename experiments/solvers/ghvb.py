@@ -167,4 +167,6 @@ def run(preset):
         "share_of_divergent_lowered": np.mean(ratios < 1),
         "divergent_settings": len(ratios),
         **{f"stable_step_{p}_{b}": reach[p, b] for p, b in reach},
+        "start_grid": x,
+        **{f"adams_{p}_grid": e for p, e in zip(ORDERS, ends[6:], strict=False)},
     }

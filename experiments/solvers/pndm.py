@@ -66,4 +66,6 @@ def run(preset):
         "error_at_50_over_ddim_at_250": error["pndm", counts[0]] / error["ddim", counts[3]],
         "ipndm_error_at_50_over_ddim_at_250": error["ipndm", counts[0]] / error["ddim", counts[3]],
         "gap_to_ddim_for_equal_slopes": np.abs(equal[:2] - equal[2]).max(),
+        "exact_grid": exact,
+        **{f"{m}_grid": end[m, counts[0]] for m in METHODS},
     }
