@@ -139,8 +139,8 @@ HEIGHTS = np.array([
     [-0.62, -0.45, 1.37, 0.4, 0.65, 0.9, -1.0, -0.8],
     [-0.5, 0.18, 0.5, 0.65, 1.0, -0.5, -0.05, -0.65],
     [0.3, 0.2, 1.0, 0.8, 1.2, 0.0, 0.3, -0.2],
-    [0.2, 0.4, 1.0, 0.9, 1.2, 0.1, 0.25, -0.05],
-    [0.7, 0.7, 1.0, 0.9, 1.1, 0.6, 0.7, 0.6],  # flatter: a trained network is not as smooth at the ends as a mixture
+    [0.3, 0.45, 1.0, 0.9, 1.2, 0.15, 0.25, 0.3],
+    [0.4, 0.5, 1.0, 0.7, 0.9, 0.5, 0.6, 0.6],  # flatter: a trained network is not as smooth at the ends as a mixture
 ])  # fmt: skip
 # (order, corrector) below so many evaluations: without guidance, with it, and with a weight above STRONG
 PLAIN = ((7, (3, 4)), (13, (4, 5)), (math.inf, (5, 5)))
@@ -155,10 +155,11 @@ def orders(evaluations: int, guidance: Scalar = 1.0) -> tuple[int, int]:
     return next(pair for bound, pair in bounds if evaluations < bound)
 
 
-def heights(evaluations: int) -> np.ndarray:
-    """The heights of the density that the rule spaces its grid by.   [8]"""
+def heights(evaluations: int, guidance: Scalar = 1.0) -> np.ndarray:
+    """The heights of the density that the rule spaces its grid by; under guidance those of 100 are reached at 50.   [8]"""
     n = np.clip(evaluations, EVALUATIONS[0], EVALUATIONS[-1])
-    return np.array([np.interp(np.log(n), np.log(EVALUATIONS), column) for column in HEIGHTS.T])
+    rows = HEIGHTS if guidance <= 1 else np.concatenate([HEIGHTS[:-2], HEIGHTS[-1:], HEIGHTS[-1:]])
+    return np.array([np.interp(np.log(n), np.log(EVALUATIONS), column) for column in rows.T])
 
 
 def on_grid(
@@ -189,7 +190,7 @@ def recommended(
 ) -> Solver:
     """The solver to take unless you know better: `angle_abm` with its order and its grid chosen by one fixed rule.
 
-    The grid is `times.curvature` with `heights(evaluations)`, the orders are `orders(evaluations, guidance)`.
+    The grid is `times.curvature` with `heights(evaluations, guidance)`, the orders are `orders(evaluations, guidance)`.
 
     Args: process: Gaussian.   evaluations: >= 1, of the denoiser.   data_std: > 0, of the data that the denoiser was trained
     on, 1 for standardised data; a factor of two costs little.   guidance: the largest weight of classifier-free guidance;
@@ -204,8 +205,9 @@ def recommended(
     """
     check(evaluations, start, stop)
     grid = curvature(
-        process, evaluations, data_std, start, stop, heights=heights(evaluations), apart=(False, evaluations >= MANY)
-    )
+        process, evaluations, data_std, start, stop,
+        heights=heights(evaluations, _weight(guidance)), apart=(False, evaluations >= MANY),
+    )  # fmt: skip
     return on_grid(process, grid, data_std, guidance)
 
 

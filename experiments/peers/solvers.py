@@ -5,7 +5,7 @@ its training dependencies). `python -m experiments.peers.solvers` writes tests/s
 
 Every case is recorded by its calls of the model: the point y_i and its noise level sigma_i / alpha_i at every
 evaluation, the normals in the order in which they were drawn, and the end point. All in float64; where a peer casts its
-grid to float32, the float64 grid is put back. A case runs in the peer's own coordinates, `ve` (z = x / alpha) or `vp`.
+grid to float32, the float64 grid is put back. A case runs in the peer's own coordinates, `ve` (z = x / alpha), `vp` or `rectified`.
 """
 
 from __future__ import annotations
@@ -61,8 +61,8 @@ class Recorder:
     def case(self, end, frame, grid):
         """What is stored; states of a `vp` case are recorded in its own coordinates."""
         y, sigma = np.stack(self.y), np.array(self.sigma)
-        if frame == "vp":
-            y = y / np.sqrt(1 + sigma**2)[:, None, None]
+        scale = {"ve": np.ones_like, "vp": lambda r: 1 / np.sqrt(1 + r**2), "rectified": lambda r: 1 / (1 + r)}[frame]
+        y = y * scale(sigma)[:, None, None]
         noise = np.stack(self.noise) if self.noise else np.zeros((0, *START.shape))
         return {
             "y": y,
@@ -215,7 +215,31 @@ def diffusers() -> dict:
             by_sigma(f"sa_p{kind['predictor_order']}c{kind['corrector_order']}@{tau}", "SASolverScheduler", **options)
             recorded = original()
             cases[f"d.sa_p{kind['predictor_order']}c{kind['corrector_order']}@{tau}"]["noise"] = recorded
-    cases |= discrete(peer)
+    return cases | discrete(peer) | flow_matching(peer)
+
+
+def flow_matching(peer) -> dict:
+    """Schedulers of rectified flow, from sigma = 1 - t0 to 0: x = (1 - s) x0 + s eps, the model gives eps - x0."""
+    cases = {}
+    for name, kind in (
+        ("flow_euler", "FlowMatchEulerDiscreteScheduler"),
+        ("flow_heun", "FlowMatchHeunDiscreteScheduler"),
+    ):
+        grid = np.append(SIGMAS, 0.0) if name == "flow_euler" else SIGMAS
+        s_grid = grid / (1 + grid)
+        scheduler = getattr(peer, kind)()
+        scheduler.set_timesteps(len(grid) - 1)
+        sigmas = (
+            s_grid if name == "flow_euler" else np.concatenate([s_grid[:1], np.repeat(s_grid[1:-1], 2), s_grid[-1:]])
+        )
+        scheduler.sigmas = torch.from_numpy(sigmas)
+        scheduler.set_begin_index(0)
+        r, x = Recorder(), torch.from_numpy(START * SIGMAS[0]) * (1 - s_grid[0])
+        for i, t in enumerate(scheduler.timesteps):
+            s = sigmas[i]
+            x0 = r.x0(x / (1 - s), s / (1 - s))
+            x = scheduler.step((x - x0) / s, t, x).prev_sample
+        cases[f"d.{name}"] = r.case(x, "rectified", grid)
     return cases
 
 
@@ -253,8 +277,10 @@ def discrete(peer) -> dict:
     bar = torch.cumprod(1 - torch.linspace(1e-4, 2e-2, 1000, dtype=torch.float64), 0)
     ratio = lambda t: float(((1 - bar[t]) / bar[t]) ** 0.5)
 
-    def by_time(name, kind, steps=10, noisy=False, step=None, **options):
-        scheduler = getattr(peer, kind)(beta_schedule="linear", timestep_spacing="leading", steps_offset=1, **options)
+    def by_time(name, kind, steps=10, noisy=False, step=None, offset=1, **options):
+        scheduler = getattr(peer, kind)(
+            beta_schedule="linear", timestep_spacing="leading", steps_offset=offset, **options
+        )
         scheduler.alphas_cumprod, scheduler.alphas = bar, torch.cat([bar[:1], bar[1:] / bar[:-1]])
         scheduler.betas, scheduler.final_alpha_cumprod = 1 - scheduler.alphas, bar[0]
         scheduler.set_timesteps(steps)
@@ -269,7 +295,7 @@ def discrete(peer) -> dict:
             eps = r.eps(x / bar[t] ** 0.5, ratio(t))
             x = scheduler.step(eps, t, x, **(step or {})).prev_sample
         leap = 1000 // steps
-        grid = [ratio(leap * i + 1) for i in reversed(range(steps))] + [ratio(0)]
+        grid = [ratio(leap * i + offset) for i in reversed(range(steps))] + [ratio(0) if offset else 0.0]
         case = r.case(x, "vp", grid)
         if undo:
             case["noise"] = undo()
@@ -277,6 +303,8 @@ def discrete(peer) -> dict:
 
     by_time("ddim", "DDIMScheduler", clip_sample=False, set_alpha_to_one=False)
     by_time("ddim@0.6", "DDIMScheduler", clip_sample=False, set_alpha_to_one=False, noisy=True, step={"eta": 0.6})
+    for kind in ("small", "large"):
+        by_time(f"ddpm_{kind}", "DDPMScheduler", clip_sample=False, variance_type=f"fixed_{kind}", noisy=True, offset=0)
     by_time("plms", "PNDMScheduler", skip_prk_steps=True, set_alpha_to_one=False)
     by_time("pndm", "PNDMScheduler", skip_prk_steps=False, set_alpha_to_one=False)
     return cases

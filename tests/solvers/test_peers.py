@@ -19,7 +19,8 @@ from diffjax.testing import mixture, oracle
 STORED = dict(np.load(pathlib.Path(__file__).parent / "peers.npz"))
 MODEL = {k.removeprefix("model/"): v for k, v in STORED.items() if k.startswith("model/")}
 BETAS = np.linspace(1e-4, 2e-2, 1000)
-FRAMES = {"ve": processes.edm(1e-3, 200.0), "vp": processes.vp(), "discrete": processes.from_betas(BETAS)}
+FRAMES = {"ve": processes.edm(1e-3, 200.0), "vp": processes.vp(), "discrete": processes.from_betas(BETAS),
+          "rectified": processes.rectified()}  # fmt: skip
 
 # peer's case -> our builder and its options
 CARD = lambda name: CATALOGUE[name].build
@@ -55,6 +56,9 @@ CASES = {
     **{f"d.deis_{n}": (CARD(f"exp_ab{n}_eps"), {}) for n in (1, 2, 3)},  # its polynomials are in log(sigma / alpha)
     "d.euler": (solvers.ddim, {}),
     "d.ddim": (solvers.ddim, {}),
+    "d.ddpm_small": (solvers.ddpm, {"variance": 0.0}),
+    "d.ddpm_large": (solvers.ddpm, {"variance": 1.0}),
+    "d.flow_euler": (solvers.euler, {}),
     "d.ddim@0.6": (solvers.ddim, {"eta": 0.6}),
     "d.pndm": (CARD("pndm"), {}),
 }
@@ -63,6 +67,7 @@ CASES = {
 # where a peer does something else, on purpose or by accident: how many of its first evaluations agree all the same
 DIFFERENT = {
     "d.heun": (solvers.heun, {}),  # its last step is first order even where sigma does not end at zero
+    "d.flow_heun": (solvers.flow_heun, {}),  # the same
     "d.plms": (CARD("ipndm4"), {}),  # starts with one Heun step, at the price of an evaluation
     "d.dpmsolver++_3s": (CARD("dpmpp_3s"), {}),  # weighs the difference in its second stage as in the second-order step
     **{f"azula.vab{n}": (CARD(f"exp_ab{n}_v"), {}) for n in (2, 3, 4)},  # the polynomial is in time there
@@ -72,7 +77,8 @@ DIFFERENT = {
         for tau in (0.0, 1.0)
     },
 }
-AGREE = {"d.heun": 21, "d.plms": 2, "d.dpmsolver++_3s": 2} | {name: 1 for name in DIFFERENT if name.startswith("azula")}
+AGREE = {"d.heun": 21, "d.flow_heun": 21, "d.plms": 2, "d.dpmsolver++_3s": 2}
+AGREE |= {name: 1 for name in DIFFERENT if name.startswith("azula")}
 UNSEEN = {"d.dpmsolver_3m"}  # deprecated there: a Taylor step in eps with half its second difference
 
 
@@ -105,6 +111,11 @@ def case(name):
     return {f: STORED[f"{name}/{f}"] for f in fields}
 
 
+def times_of(process, ratios):
+    """Times of sigma / alpha; 0 is the data themselves."""
+    return np.array([process.time_of_log_snr(-np.log(r)) if r > 0 else 0.0 for r in ratios])
+
+
 def table(name):
     """Our table of a case, on the peer's grid."""
     c = case(name)
@@ -115,7 +126,7 @@ def table(name):
         ratios = np.geomspace(*ratios, options["evaluations"] // 3 + 2)
     if name in ("d.dpmsolver++_2s", "d.dpmsolver++_3s"):  # its grid holds the stages too
         ratios = ratios[:: int(name[-2])]
-    return build(process, process.time_of_log_snr(-np.log(ratios)), **options), process, c
+    return build(process, times_of(process, ratios), **options), process, c
 
 
 @pytest.mark.parametrize("name", CASES)
