@@ -61,6 +61,7 @@ CASES = {
     "d.flow_euler": (solvers.euler, {}),
     "d.ddim@0.6": (solvers.ddim, {"eta": 0.6}),
     "d.pndm": (CARD("pndm"), {}),
+    "d.ipndm": (CARD("ipndm4"), {}),
 }
 
 
