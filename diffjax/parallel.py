@@ -22,18 +22,14 @@ from diffjax.solvers import table
 from diffjax.types import Cond, Denoiser, Evaluation, Key, Noise, Process, Solver, batched_cond
 
 
-def _norm(process: Process, t: PyTree) -> PyTree:
-    return jax.tree.map(lambda a, s: (a * a + s * s) ** 0.5, process.alpha(t), process.sigma(t))
-
-
 def _slope(d: Denoiser, x: PyTree, t: PyTree) -> PyTree:
     """`v / r = dy / dtheta` of a denoiser, bounded at both ends (see `likelihood`)."""
-    return nu.divide(to_v(d.evaluate(x, t).prediction, d.process, t), _norm(d.process, t))
+    return nu.divide(to_v(d.evaluate(x, t).prediction, d.process, t), d.process.radius(t))
 
 
 def _held(d: Denoiser, state: Any, x: PyTree, t: PyTree, cond: Cond, key: Any) -> Evaluation:
     """A denoiser that returns the slope it holds; its new state is the point where it was asked."""
-    return Evaluation(from_v(nu.scale(_norm(d.process, t), d.leaves), x, d.process, t), x)
+    return Evaluation(from_v(nu.scale(d.process.radius(t), d.leaves), x, d.process, t), x)
 
 
 def sample_parallel(

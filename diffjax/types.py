@@ -115,6 +115,10 @@ class Process:
         """The time at which `log_snr` equals `lam`."""
         return self._call("time_of_log_snr", lam)
 
+    def radius(self, t: PyTree) -> PyTree:
+        """`sqrt(alpha^2 + sigma^2)`, > 0: the length of the pair that turns by the angle atan(sigma / alpha); 1 for VP."""
+        return jax.tree.map(lambda a, s: (a * a + s * s) ** 0.5, self.alpha(t), self.sigma(t))
+
     def dalpha(self, t: PyTree) -> PyTree:
         """`d alpha / dt`."""
         return self._call("dalpha", t)

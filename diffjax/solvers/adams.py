@@ -144,15 +144,23 @@ def corrector(s: Steps, use: list[Any]) -> list[Any]:
 
 
 def _weights(s: Steps, nodes: list[Any], use: list[Any]) -> list[Any]:
-    xp, w = s.k.xp, []
+    return lagrange_weights(s.k.xp, s.points, s.measure, nodes, use)
+
+
+def lagrange_weights(xp: Any, points: Any, measure: Any, nodes: list[Any], use: list[Any]) -> list[Any]:
+    """`w[j][i]`: the sum over the quadrature points of step i of measure times the Lagrange basis of node j.
+
+    Args: points, measure: [n, m].   nodes: of [n].   use: of [n] bool; nodes not in use have weight 0 and shape no basis.
+    """
+    w = []
     for j in range(len(nodes)):
-        basis = xp.ones_like(s.points)
+        basis = xp.ones_like(points)
         for m in range(len(nodes)):
             if m != j:
                 both = use[j] & use[m]
                 gap = xp.where(both, nodes[j] - nodes[m], 1.0)[:, None]
-                basis = basis * xp.where(both[:, None], (s.points - nodes[m][:, None]) / gap, 1.0)
-        w.append(xp.where(use[j], (s.measure * basis).sum(axis=1), 0.0))
+                basis = basis * xp.where(both[:, None], (points - nodes[m][:, None]) / gap, 1.0)
+        w.append(xp.where(use[j], (measure * basis).sum(axis=1), 0.0))
     return w
 
 

@@ -117,7 +117,7 @@ def integrate(
 
     cond = None if denoiser.cond is UNBOUND else denoiser.cond
     cond = batched_cond(cond, batch)
-    y = nu.scale(1 / _norm(process, jnp.asarray(start, dtype)), x)
+    y = nu.scale(1 / process.radius(jnp.asarray(start, dtype)), x)
     items = nu.item_indices(items, batch)
     keys = nu.item_keys(key, items) if noisy else items  # a flow uses none
     if per_item:
@@ -130,7 +130,7 @@ def integrate(
         y, reached, tried, rejected, ok = solve(y, cond, keys)
     back = process.time_of_log_snr if noisy else lambda theta: _time(process, theta)
     reached = jnp.where(ok, jnp.asarray(stop, dtype), back(reached).astype(dtype))
-    end = nu.scale(_norm(process, reached), y)
+    end = nu.scale(process.radius(reached), y)
     if throw:
         end = _or_raise(end, ok, max_steps)
     return end, Stats(tried, rejected, _evaluations(solver, tried), reached)
@@ -163,14 +163,10 @@ def _diffusion(lam: Any, y: PyTree, args: tuple[Denoiser, Any]) -> Any:
 
 def _turn(denoiser: Denoiser, t: Any, y: PyTree) -> tuple[PyTree, PyTree]:
     """`((alpha eps - sigma x0) / r, eps)` at time t, of the state x = r y."""
-    r = _norm(denoiser.process, t)
+    r = denoiser.process.radius(t)
     x0, eps = denoiser(nu.scale(r, y), t)
     alpha, sigma = denoiser.process.alpha(t) / r, denoiser.process.sigma(t) / r
     return nu.sub(nu.scale(alpha, eps), nu.scale(sigma, x0)), eps
-
-
-def _norm(process: Any, t: Any) -> Any:
-    return jnp.sqrt(process.alpha(t) ** 2 + process.sigma(t) ** 2)
 
 
 def _time(process: Any, theta: Any) -> Any:
