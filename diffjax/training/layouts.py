@@ -34,7 +34,7 @@ class Layout:
         >>> layout.size, layout.spec("params/block_0/hidden/kernel", (64, 256))
         (8, P('fsdp', 'model'))
         >>> layout.spec("params/block_0/hidden/bias", (256,)), layout.spec("step", ())
-        (P('fsdp'), P())
+        (P('fsdp',), P())
     """
 
     data: int = 1
