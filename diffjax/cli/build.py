@@ -160,8 +160,9 @@ def optimiser(config: Training) -> tuple[Any, Any]:
         "inverse_sqrt": lambda: optimizer.inverse_sqrt(peak, reference=max(steps // 4, 1), warmup=warmup),
     }[config.decay]()
     made = optimizer.adamw(
-        schedule, b2=config.b2, weight_decay=config.weight_decay, clip=config.clip, decay_mask=optimizer.matrices
-    )
+        schedule, b2=config.b2, weight_decay=config.weight_decay, clip=config.clip, decay_mask=optimizer.matrices,
+        moment_dtype=None if config.moment_dtype == "float32" else config.moment_dtype,
+    )  # fmt: skip
     return made, schedule
 
 

@@ -37,8 +37,8 @@ class Model:
     """share of the activations dropped while training"""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """type of the network's arithmetic; parameters, state and outputs stay float32"""
-    remat: bool = False
-    """recompute activations in the backward pass"""
+    remat: Literal["none", "full", "dots", "offload"] = "none"
+    """what the backward pass recomputes: nothing, all but the blocks' inputs, all but dense layers, those kept by the host"""
     scan_layers: bool = False
     """one compiled block for all layers (dit, mlp)"""
 
@@ -97,6 +97,8 @@ class Training:
     """how the learning rate falls afterwards; linear over the last half"""
     b2: float = 0.99
     """decay of Adam's second moment"""
+    moment_dtype: Literal["float32", "bfloat16"] = "float32"
+    """type in which Adam's first moment is kept; parameters, averages and second moments stay float32"""
     weight_decay: float = 0.01
     """of matrices"""
     clip: float | None = 1.0
@@ -168,6 +170,7 @@ class Train:
 
 PLACES = ("run", "resume", "config")  # where, not what: not kept in config.json
 FREE = ("scores",)  # may differ between a run and its continuation without a trace
+OLDER = {("model.remat", True): "full", ("model.remat", False): "none"}  # values that earlier versions wrote
 EXTENDABLE = ("training.steps", "data_directory")  # may differ, and config.json follows
 
 # The numbers of the digits job were measured: see "What the main job reaches" in the README.
@@ -255,6 +258,7 @@ def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
     for name, value in fields.items():
         kind = kinds[name]
         value = tuple(value) if isinstance(value, list) else value
+        value = OLDER.get((where + name, value), value) if isinstance(value, bool) else value
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = _build(kind, value, f"{where}{name}.")
         elif not _fits(value, kind):

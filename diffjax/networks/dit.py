@@ -102,7 +102,7 @@ class DiT(nn.Module):
     act: Callable[[Any], Any] = nn.gelu
     dropout: float = 0.0
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
 
     @nn.compact

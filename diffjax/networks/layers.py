@@ -214,14 +214,40 @@ def double(x: Any) -> jax.Array:
 # ---------------------------------------------------------------------------------------------------- equal blocks
 
 
-def repeat(block: Any, fields: dict[str, Any], depth: int, x: Any, args: tuple, *, scan: bool, remat: bool) -> Any:
+# What a block keeps for its gradient where it is rematerialised; the rest is computed again.
+REMAT = {
+    "full": jax.checkpoint_policies.nothing_saveable,  # its input alone
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,  # results of dense layers, not of attention
+    "offload": jax.checkpoint_policies.offload_dot_with_no_batch_dims(
+        "device", "pinned_host"
+    ),  # those, kept by the host
+}
+
+
+def rematerialised(block: Any, policy: str, *, prevent_cse: bool = True) -> Any:
+    """The module class `block`, which recomputes its activations in the backward pass.
+
+    Args: policy: none, full, dots, offload (see `REMAT`); less memory and more work from none over dots to full.
+    Raises: ValueError: unknown policy.
+
+    Example:
+        >>> rematerialised(nn.Dense, "none") is nn.Dense
+        True
+    """
+    if policy == "none":
+        return block
+    if policy not in REMAT:
+        raise ValueError(f"remat must be one of none, {', '.join(REMAT)}; got {policy!r}")
+    return nn.remat(block, prevent_cse=prevent_cse, policy=REMAT[policy])
+
+
+def repeat(block: Any, fields: dict[str, Any], depth: int, x: Any, args: tuple, *, scan: bool, remat: str) -> Any:
     """`depth` equal blocks after each other: a Python loop over `block_0, block_1, ...`, or `nn.scan` over `blocks`.
 
     A block is called as `block(**fields)(x, layer, *args)` and returns `(x, None)`; `layer` is its index when
     scanned, else None. To be called inside a compact method.
     """
-    if remat:
-        block = nn.remat(block, prevent_cse=not scan)
+    block = rematerialised(block, remat, prevent_cse=not scan)
     if not scan:
         for i in range(depth):
             x, _ = block(**fields, name=f"block_{i}")(x, None, *args)

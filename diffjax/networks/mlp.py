@@ -73,7 +73,7 @@ class MLP(nn.Module):
     act: Callable[[Any], Any] = nn.silu
     dropout: float = 0.0
     scan_layers: bool = False
-    remat: bool = False
+    remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
 
     @nn.compact

@@ -12,7 +12,18 @@ import jax.numpy as jnp
 from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, double, halve, modulate, spread
+from diffjax.networks.layers import (
+    Conv,
+    ConvForm,
+    Dense,
+    GroupNorm,
+    at_least_float32,
+    double,
+    halve,
+    modulate,
+    rematerialised,
+    spread,
+)
 from diffjax.networks.taps import Tap
 
 
@@ -88,7 +99,7 @@ class UNet(nn.Module):
     act: Callable[[Any], Any] = nn.silu
     dropout: float = 0.0
     conv: ConvForm | None = None  # `layers.native`, `layers.slices`, or None: the faster
-    remat: bool = False
+    remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -107,7 +118,7 @@ class UNet(nn.Module):
         code = Code(self.code, self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype, name="code")
         c = code(read_time(t, x), condition)
         last = len(self.widths) - 1
-        make = nn.remat(ResBlock) if self.remat else ResBlock
+        make = rematerialised(ResBlock, self.remat)
 
         def block(h: Any, level: int, attend: bool, name: str) -> Any:
             n = self.widths[level]

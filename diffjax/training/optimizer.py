@@ -82,11 +82,14 @@ def adamw(
     weight_decay: float = 0.0,
     clip: float | None = None,
     decay_mask: Any = None,
+    moment_dtype: Any = None,
 ) -> optax.GradientTransformation:
     """AdamW after clipping the gradient's global norm.   g <- g min(1, clip / |g|)
 
     Args: learning_rate: float or schedule.   clip: largest norm, None for no clipping.   decay_mask: which parameters
-        decay, a tree of bools or a function of the parameters such as `matrices`; default all.
+        decay, a tree of bools or a function of the parameters such as `matrices`; default all.   moment_dtype: type in
+        which the first moment is kept, bfloat16 to save memory; default that of the parameters. The second moment
+        stays as it is: eight bits of mantissa cannot hold `b2 = 0.999`.
     Raises: ValueError: clip not positive, or weight_decay negative.
 
     Example:
@@ -99,7 +102,7 @@ def adamw(
         raise ValueError(f"clip must be a positive norm, or None for no clipping; got {clip}")
     if weight_decay < 0:
         raise ValueError(f"weight_decay must not be negative; got {weight_decay}")
-    adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask)
+    adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=moment_dtype)
     return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
 
 

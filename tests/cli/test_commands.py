@@ -240,3 +240,9 @@ def test_presets_do_not_leak_into_other_processes_and_laws():
 def test_the_configuration_survives_its_text():
     for data in ("digits", "moons", "images:x"):
         assert config.from_json(config.to_json(config.preset(data))) == config.preset(data)
+
+
+def test_values_of_earlier_versions_are_read():
+    for old, new in ((True, "full"), (False, "none")):
+        text = config.to_json(config.preset("moons")).replace('"remat": "none"', f'"remat": {str(old).lower()}')
+        assert config.from_json(text).model.remat == new

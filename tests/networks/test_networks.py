@@ -91,14 +91,14 @@ def test_scan_vmap_and_scalar_time_equal_the_plain_call(case, forward):
 
 @pytest.mark.parametrize("name", list(NETS))
 def test_remat_changes_no_gradient_and_bfloat16_little(name, forward):
-    plain, remat, half = (case_of(name, **SMALL[name], **c) for c in ({}, {"remat": True}, {"dtype": jnp.bfloat16}))
+    plain, remat, half = (case_of(name, **SMALL[name], **c) for c in ({}, {"remat": "full"}, {"dtype": jnp.bfloat16}))
     loss = lambda case: lambda p: jnp.mean(jnp.square(case.fn(p, case.x, case.t, case.cond)))
     values, grads = zip(
         *(jax.jit(jax.value_and_grad(loss(c)))(plain.params) for c in (plain, remat, half)), strict=True
     )
     tree_close(grads[0], grads[1], atol=1e-5, rtol=1e-4)
     for case in (plain, remat):
-        assert ("remat2[" in str(jax.make_jaxpr(loss(case))(plain.params))) == case.net.remat
+        assert ("remat2[" in str(jax.make_jaxpr(loss(case))(plain.params))) == (case.net.remat == "full")
     assert abs(values[2] / values[0] - 1) < 0.1  # bfloat16 keeps 8 bits
     assert half.net.dtype == jnp.bfloat16 and all(g.dtype == jnp.float32 for g in jax.tree.leaves(grads[2]))
     y, z = (jax.jit(c.fn)(plain.params, plain.x, plain.t, plain.cond) for c in (plain, half))
@@ -107,7 +107,7 @@ def test_remat_changes_no_gradient_and_bfloat16_little(name, forward):
 
 @pytest.mark.parametrize("name", ["mlp", "dit"])
 def test_scanned_layers_equal_the_loop(name):
-    loop, scan = case_of(name), case_of(name, scan_layers=True, remat=True)
+    loop, scan = case_of(name), case_of(name, scan_layers=True, remat="full")
     stacked = nw.stack_blocks(loop.params)
     shapes = lambda p: jax.tree.map(np.shape, p)
     assert shapes(stacked) == shapes(scan.params)

@@ -84,7 +84,7 @@ def test_unused_taps_compile_to_the_same_program(monkeypatch):
 
 
 def test_scanned_layers_are_stacked_and_written_per_layer():
-    loop, scan = case_of("mlp"), case_of("mlp", scan_layers=True, remat=True)
+    loop, scan = case_of("mlp"), case_of("mlp", scan_layers=True, remat="full")
     params = nw.stack_blocks(loop.params)
     names = [f"block_{i}/block" for i in range(2)]
     y, apart = call(loop, jax.jit(nw.tapped(loop.fn, read=names)))
@@ -100,7 +100,7 @@ def test_scanned_layers_are_stacked_and_written_per_layer():
 
 
 def test_taps_in_a_sampling_scan_with_grad_and_remat():
-    case = case_of("mlp", remat=True)
+    case = case_of("mlp", remat="full")
     f = nw.tapped(case.fn, read=["block_0/block"], write={"block_1/block": lambda v: 0.5 * v})
 
     @jax.jit

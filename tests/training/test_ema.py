@@ -94,6 +94,34 @@ def test_adamw_is_adam_with_clipping_and_decoupled_decay():
     np.testing.assert_array_equal(updates["b"], 0.0)  # biases do not decay
 
 
+def test_the_first_moment_may_be_kept_in_half_the_bytes():
+    """m = (1 - b1) g after one update, in bfloat16; the second moment stays wide, and the update is nearly the same."""
+    params = {"w": jnp.linspace(-1.0, 1.0, 64)}
+    wide, narrow = adamw(0.1, b2=0.99), adamw(0.1, b2=0.99, moment_dtype=jnp.bfloat16)
+    with jax.numpy_dtype_promotion("standard"):
+        (a, _), (b, state) = (tx.update(params, tx.init(params), params) for tx in (wide, narrow))
+    (adam,) = [s for s in jax.tree.leaves(state, is_leaf=lambda s: hasattr(s, "mu")) if hasattr(s, "mu")]
+    assert adam.mu["w"].dtype == jnp.bfloat16 and adam.nu["w"].dtype == jnp.float32
+    np.testing.assert_allclose(adam.mu["w"].astype(np.float32), 0.1 * params["w"], rtol=2**-8)
+    np.testing.assert_allclose(a["w"], b["w"], rtol=2**-7, atol=1e-6)
+
+
+def test_float32_masters_take_updates_that_bfloat16_cannot_hold():
+    """grad = 1: 100 updates of -1e-4 move a float32 parameter by .01 although the loss computes in bfloat16."""
+    loss = lambda p: jnp.sum(p["w"].astype(jnp.bfloat16)).astype(jnp.float32)
+    tx = optax.sgd(1e-4)
+
+    def run(dtype):
+        def body(p, _):
+            return optax.apply_updates(p, tx.update(jax.grad(loss)(p), tx.init(p), p)[0]), None
+
+        with jax.numpy_dtype_promotion("standard"):
+            return jax.lax.scan(body, {"w": jnp.ones(3, dtype)}, None, length=100)[0]["w"].astype(jnp.float32)
+
+    np.testing.assert_allclose(run(jnp.float32), 0.99, rtol=1e-5)
+    np.testing.assert_array_equal(run(jnp.bfloat16), 1.0)  # what the masters are for
+
+
 @pytest.mark.parametrize(
     "make, word",
     [
