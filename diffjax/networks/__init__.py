@@ -22,6 +22,7 @@ from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.mlp import MLP
+from diffjax.networks.presets import PRESETS, preset
 from diffjax.networks.taps import Tap, per_layer, tap_names, tapped
 from diffjax.networks.unet import UNet
 from diffjax.types import Card
@@ -36,6 +37,7 @@ __all__ = [
     "FromNNX",
     "LabelEmbedding",
     "MLP",
+    "PRESETS",
     "Tap",
     "TimeCode",
     "UNet",
@@ -48,6 +50,7 @@ __all__ = [
     "null_condition",
     "parameter_count",
     "per_layer",
+    "preset",
     "random_parameters",
     "read_condition",
     "sinusoids",

@@ -195,11 +195,12 @@ class Code(nn.Module):
     frequencies: Frequencies = UNIT
     act: Callable[[Any], Any] = nn.silu
     dtype: Any = jnp.float32
+    sinusoids: int | None = None  # sinusoidal features of the time; default as `features`
 
     @nn.compact
     def __call__(self, t: Any, condition: Condition) -> jax.Array:
         """The code of time and condition."""
-        time = TimeCode(self.features, None, self.frequencies, self.act, self.dtype, name="time")
+        time = TimeCode(self.features, self.sinusoids, self.frequencies, self.act, self.dtype, name="time")
         c = time(t)
         items = []
         if self.num_classes:

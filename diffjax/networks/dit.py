@@ -99,6 +99,7 @@ class DiT(nn.Module):
     out_channels: int | None = None  # default those of x
     qk_norm: bool = False
     frequencies: Frequencies = UNIT
+    sinusoids: int | None = None  # of the time code; default as `width`
     act: Callable[[Any], Any] = nn.gelu
     dropout: float = 0.0
     scan_layers: bool = False
@@ -121,7 +122,15 @@ class DiT(nn.Module):
             token_size=self.token_size,
             image_channels=self.image_channels,
         )
-        code = Code(self.width, self.num_classes, self.vector_size, self.frequencies, dtype=self.dtype, name="code")
+        code = Code(
+            self.width,
+            self.num_classes,
+            self.vector_size,
+            self.frequencies,
+            dtype=self.dtype,
+            sinusoids=self.sinusoids,
+            name="code",
+        )
         c = code(read_time(t, x), condition)
         z = x.astype(self.dtype)
         if condition.image is not None:
