@@ -1,0 +1,183 @@
+"""What one device's part of a training step computes, keeps and sends: read from its traced program, nothing is run."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.extend import core
+from jax.sharding import PartitionSpec
+
+from diffjax.numerics import PyTree, batch_size
+from diffjax.training import flops
+from diffjax.training.cuts import Cut, Follower, local_bytes
+from diffjax.training.layouts import Layout
+from diffjax.training.state import TrainState, init_state
+
+REMAT = ("remat", "remat2", "checkpoint")
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What does not depend on how `data` and `fsdp` share their devices."""
+
+    train_step: Any
+    parallel: str
+    state: TrainState
+    batch: int
+    per_device: int  # bytes of the batch on one device
+    kept: int  # bytes of what the backward pass reads, on one device
+    copies: int  # the same of what depends on parameters alone, such as their copies in bfloat16
+    follower: Follower
+    types: dict[str, Any]  # path of a parameter -> dtype that it is used in
+    scalars: tuple[int, ...]  # bytes of each metric
+    flops: int
+    executed: int
+
+
+def trace(train_step: Any, params: PyTree, batch: Mapping[str, Any], layout: Layout, parallel: str) -> Trace:
+    """The trace of a step; see `plan.plan` for arguments and errors."""
+    if parallel not in ("mesh", "shard_map"):
+        raise ValueError(f"parallel must be mesh or shard_map; got {parallel!r}")
+    params, batch = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), (params, dict(batch)))
+    if "x" not in batch:
+        raise ValueError(f"batch must have the data under 'x'; got the fields {sorted(batch)}")
+    size, parts = batch_size(batch), layout.data * layout.fsdp * train_step.accumulate
+    if size % parts:
+        near = max(parts, round(size / parts) * parts)
+        raise ValueError(
+            f"a batch of {size} examples cannot be shared equally by data={layout.data} x fsdp={layout.fsdp} devices x "
+            f"{train_step.accumulate} accumulation parts; choose a multiple of {parts} such as {near}"
+        )
+    emas, optimizer = dict(train_step.emas), train_step.optimizer
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, 0, emas=emas), params)
+    known = specs(state.params, layout)
+    if layout.model > 1 and not any("model" in spec for _, spec in known.values()):
+        raise ValueError(
+            f"layout has model={layout.model}, but no rule cuts a parameter along it; give rules, or model=1"
+        )
+    x = jax.tree.leaves(batch["x"])[0]
+    if layout.sequence > 1 and (x.ndim < 3 or x.shape[1] % layout.sequence):
+        raise ValueError(
+            f"layout has sequence={layout.sequence}, which must divide the first axis of an item, of at least two; "
+            f"got items of shape {x.shape[1:]}"
+        )
+
+    loss = flops.mean_loss(train_step)
+    local = size // parts
+    sizes = {"model": layout.model, "sequence": layout.sequence}
+    small, twice = flops.inputs(train_step, batch, local), flops.inputs(train_step, batch, 2 * local)
+    forward = jax.make_jaxpr(loss)(params, *small).jaxpr
+    cuts = _cuts(known, small, layout)
+    follower = Follower(sizes)
+    follower.run(forward, cuts)
+
+    kept, copies = _residuals(loss, params, small, twice, cuts, sizes)
+    blocks = _recomputed(forward)
+    if blocks:  # the backward pass holds what one recomputed block keeps, beside what all keep
+        every, _ = _residuals(flops.saving(loss), params, small, twice, cuts, sizes)
+        kept += (every - kept) // blocks
+    per_device = sum(map(size_of, jax.tree.leaves(batch))) // (layout.data * layout.fsdp)
+    key, entire, items = flops.inputs(train_step, batch)
+    _, scalars = jax.eval_shape(train_step.gradients, key, params, entire, items)
+    model_flops = flops.model_flops(train_step, params, batch).total
+    executed = flops.count(train_step, state, batch).total
+    types = dict(zip(known, _used(forward, len(known)), strict=True))
+    sent = tuple(map(size_of, jax.tree.leaves(scalars)))
+    return Trace(
+        train_step, parallel, state, size, per_device, kept, copies, follower, types, sent, model_flops, executed
+    )
+
+
+def _cuts(known: dict, inputs: tuple, layout: Layout) -> list[Cut]:
+    """The cuts of a loss's inputs: parameters along `model`, the data's first axis inside an item along `sequence`."""
+    _, batch, _ = inputs
+    cuts = [
+        tuple(a if a == "model" else None for a in (*spec, *[None] * (len(n) - len(spec))))
+        for n, spec in known.values()
+    ]
+
+    def field(path: str, a: Any) -> Cut:
+        along = layout.sequence > 1 and path.split("/")[0] == "x" and a.ndim > 2
+        return tuple("sequence" if along and i == 1 else None for i in range(a.ndim))
+
+    return [*cuts, (), *(field(path, a) for path, a in named(batch)), (None,)]
+
+
+def _residuals(loss: Any, params: PyTree, small: tuple, twice: tuple, cuts: list, sizes: Any) -> tuple[int, int]:
+    """Bytes on one device of what the backward pass reads: (of each batch, of parameters alone)."""
+
+    def forward(params: PyTree, *args: Any) -> Any:
+        return jax.vjp(lambda p: loss(p, *args), params)
+
+    one, two = (jax.make_jaxpr(forward)(params, *args).jaxpr for args in (small, twice))
+    given = {id(v) for v in (*one.invars, *one.constvars)}
+    follower = Follower(sizes)
+    outs = follower.run(one, cuts)
+    kept, copies, seen = 0, 0, set()
+    for v, other, cut in zip(one.outvars, two.outvars, outs, strict=True):
+        if isinstance(v, core.Literal) or id(v) in given | seen or not hasattr(v.aval.dtype, "itemsize"):
+            continue
+        seen.add(id(v))
+        size = local_bytes(v, cut, sizes)
+        if v.aval.shape == other.aval.shape:
+            copies += size
+        else:
+            kept += size
+    return kept, copies
+
+
+def _recomputed(jaxpr: core.Jaxpr) -> int:
+    """How many runs of `jax.checkpoint` a forward pass has."""
+    total = 0
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in REMAT:
+            total += 1
+            continue
+        inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if isinstance(p, (core.Jaxpr, core.ClosedJaxpr))]
+        total += eqn.params.get("length", 1) * sum(map(_recomputed, inner))
+    return total
+
+
+def _used(jaxpr: core.Jaxpr, n: int) -> list[Any]:
+    """The dtypes in which the first `n` inputs are used: a parameter is cast before it is gathered."""
+    found = [v.aval.dtype for v in jaxpr.invars[:n]]
+    owners = {id(v): i for i, v in enumerate(jaxpr.invars[:n])}
+
+    def look(jaxpr: core.Jaxpr, owners: dict[int, int]) -> None:
+        for eqn in jaxpr.eqns:
+            mine = {k: owners[id(v)] for k, v in enumerate(eqn.invars) if id(v) in owners}
+            if not mine:
+                continue
+            if eqn.primitive.name == "convert_element_type":
+                found[mine[0]] = eqn.params["new_dtype"]
+            for p in eqn.params.values():
+                if isinstance(p, (core.Jaxpr, core.ClosedJaxpr)):
+                    inner = getattr(p, "jaxpr", p)
+                    skip = len(inner.invars) - len(eqn.invars)
+                    look(inner, {id(inner.invars[k + skip]): i for k, i in mine.items() if k + skip >= 0})
+
+    look(jaxpr, owners)
+    return found
+
+
+def specs(params: PyTree, layout: Layout) -> dict[str, tuple[tuple[int, ...], PartitionSpec]]:
+    """Path of a parameter -> its shape and how it is cut."""
+    return {path: (a.shape, layout.spec(path, a.shape)) for path, a in named(params)}
+
+
+def size_of(a: Any) -> int:
+    """Bytes of an array; a typed key is its words."""
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a = jax.eval_shape(jax.random.key_data, a)
+    return math.prod(a.shape) * a.dtype.itemsize
+
+
+def named(tree: PyTree) -> list[tuple[str, Any]]:
+    """The leaves with their paths `a/b/c`."""
+    found = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return [(jax.tree_util.keystr(path, simple=True, separator="/"), a) for path, a in found]
