@@ -14,6 +14,7 @@ import flax.linen as nn
 import jax
 import numpy as np
 
+from diffjax.networks import dit, mlp, unet
 from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Condition, null_condition, read_condition
@@ -22,6 +23,7 @@ from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.mlp import MLP
+from diffjax.networks.partition import constrain
 from diffjax.networks.presets import PRESETS, preset
 from diffjax.networks.taps import Tap, per_layer, tap_names, tapped
 from diffjax.networks.unet import UNet
@@ -41,6 +43,7 @@ __all__ = [
     "Tap",
     "TimeCode",
     "UNet",
+    "constrain",
     "freeu",
     "from_linen",
     "from_nnx",
@@ -49,6 +52,7 @@ __all__ = [
     "native",
     "null_condition",
     "parameter_count",
+    "partition_rules",
     "per_layer",
     "preset",
     "random_parameters",
@@ -76,6 +80,25 @@ def parameter_count(params: Any) -> int:
         16
     """
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+RULES = {DiT: dit.RULES, MLP: mlp.RULES, UNet: unet.RULES}
+
+
+def partition_rules(module: Any) -> tuple:
+    """How the parameters of a network are cut along the mesh axis `model`: pairs `(pattern of the path, spec)`.
+
+    For `training.layouts.Layout(rules=...)`, where the first pattern found decides: `(*own, *partition_rules(net))`
+    puts rules of one's own first. The specs are those of the last axes, so that they hold for looped and scanned stacks.
+    Args: module: a network of this library, or any other, for which there are no rules: it can be cut along `fsdp` alone.
+
+    Example:
+        >>> partition_rules(DiT())[0]
+        ('(attention|cross)/(qkv|q_in|kv)/(kernel|bias)$', P('model',))
+
+    Reference: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
+    """
+    return RULES.get(type(module), ())
 
 
 def initialise(module: nn.Module, key: jax.Array, x: Any, t: Any, cond: Any = None) -> Any:

@@ -13,7 +13,10 @@ from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat
+from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, constrain
 from diffjax.networks.taps import Tap
+
+RULES = (*ATTENTION, *BLOCK, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
 def patches(x: Any, p: int) -> jax.Array:
@@ -52,18 +55,20 @@ class DiTBlock(nn.Module):
         """One block; see `layers.repeat` for the form."""
         mark_layer(layer)
         adaptive = Dense(6 * self.width, zero=True, dtype=self.dtype, name="film")(c)
+        adaptive = constrain(adaptive, "batch", None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
         h = modulate(plain_norm(x), shift_a, scale_a)
         h = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="attention")(h)
-        x = x + gate_a * Tap(name="attended")(h)
+        x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "tokens", None)
         if tokens is not None:
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
-            x = x + cross(plain_norm(x), tokens, mask)
+            x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "tokens", None)
         h = modulate(plain_norm(x), shift_m, scale_m)
-        h = self.act(Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h))
+        h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h)
+        h = self.act(constrain(h, "batch", "tokens", "wide"))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
         h = Dense(self.width, dtype=self.dtype, name="out")(h)
-        x = x + gate_m * Tap(name="mixed")(h)
+        x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "tokens", None)
         return Tap(name="block")(x), None
 
 
@@ -137,6 +142,7 @@ class DiT(nn.Module):
             z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
         z = z + jnp.asarray(grid_positions(h // p, w // p, self.width), self.dtype)[None]
+        z = constrain(z, "batch", "tokens", None)
         fields = dict(
             width=self.width,
             heads=self.heads,
@@ -149,7 +155,8 @@ class DiT(nn.Module):
         )
         args = (c, condition.tokens, condition.mask)
         z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
-        shift, scale = jnp.split(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), 2, axis=-1)
+        film = constrain(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", None)
+        shift, scale = jnp.split(film, 2, axis=-1)
         z = modulate(plain_norm(z), shift, scale)
         out = self.out_channels or channels
         y = Dense(p * p * out, zero=True, dtype=self.dtype, name="out")(z)

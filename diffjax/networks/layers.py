@@ -36,10 +36,17 @@ def fan_in_uniform(fan_in: int | None = None, gain: float = 1.0) -> Initializer:
     return init
 
 
-def Dense(features: int, *, zero: bool = False, bias: bool = True, dtype: Any = jnp.float32, name: str | None = None):
-    # noqa: N802
-    """`nn.Dense` with this library's initialiser; `zero` starts it at zero.   y = x W + b"""
-    init = nn.initializers.zeros if zero else fan_in_uniform()
+def Dense(  # noqa: N802
+    features: int,
+    *,
+    zero: bool = False,
+    bias: bool = True,
+    init: Initializer | None = None,
+    dtype: Any = jnp.float32,
+    name: str | None = None,
+) -> nn.Dense:
+    """`nn.Dense` with this library's initialiser, or another; `zero` starts it at zero.   y = x W + b"""
+    init = nn.initializers.zeros if zero else init or fan_in_uniform()
     return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
 
 

@@ -13,7 +13,10 @@ from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat, spread
+from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, constrain
 from diffjax.networks.taps import Tap
+
+RULES = (*ATTENTION, *BLOCK, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
 class MLPBlock(nn.Module):
@@ -32,11 +35,13 @@ class MLPBlock(nn.Module):
         """One block; see `layers.repeat` for the form."""
         mark_layer(layer)
         adaptive = Dense(3 * self.width, zero=True, dtype=self.dtype, name="film")(c)
-        shift, scale, gate = jnp.split(adaptive, 3, axis=-1)
+        shift, scale, gate = jnp.split(constrain(adaptive, "batch", ...), 3, axis=-1)
         h = modulate(plain_norm(x), shift, scale)
-        h = self.act(Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h))
+        h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h)
+        h = self.act(constrain(h, "batch", ..., "wide"))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
-        x = x + spread(gate, x) * Dense(self.width, dtype=self.dtype, name="out")(h)
+        h = Dense(self.width, dtype=self.dtype, name="out")(h)
+        x = constrain(x + spread(gate, x) * h, "batch", ...)
         if tokens is not None:
             flat = plain_norm(x).reshape(x.shape[0], -1, self.width)
             x = x + Attention(self.heads, zero=True, dtype=self.dtype, name="cross")(flat, tokens, mask).reshape(
@@ -98,7 +103,8 @@ class MLP(nn.Module):
         )
         args = (c, condition.tokens, condition.mask)
         h = repeat(MLPBlock, fields, self.depth, h, args, scan=self.scan_layers, remat=self.remat)
-        shift, scale = jnp.split(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), 2, axis=-1)
+        film = constrain(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", ...)
+        shift, scale = jnp.split(film, 2, axis=-1)
         h = modulate(plain_norm(h), shift, scale)
         y = Dense(self.out_features or x.shape[-1], zero=True, dtype=self.dtype, name="out")(h)
         return y.astype(at_least_float32(x.dtype))

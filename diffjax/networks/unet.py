@@ -24,7 +24,10 @@ from diffjax.networks.layers import (
     rematerialised,
     spread,
 )
+from diffjax.networks.partition import ATTENTION, CODE, FILM, RESIDUAL, constrain
 from diffjax.networks.taps import Tap
+
+RULES = (*ATTENTION, *RESIDUAL, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
 class ResBlock(nn.Module):
@@ -43,14 +46,15 @@ class ResBlock(nn.Module):
         """One block at code c, with the tokens and mask of the condition."""
         n = self.features
         h = self.act(GroupNorm(name="norm_in")(x))
-        h = Conv(n, form=self.form, dtype=self.dtype, name="conv_in")(h)
-        shift, scale = jnp.split(Dense(2 * n, dtype=self.dtype, name="film")(c), 2, axis=-1)
+        h = constrain(Conv(n, form=self.form, dtype=self.dtype, name="conv_in")(h), "batch", ..., "wide")
+        film = constrain(Dense(2 * n, dtype=self.dtype, name="film")(c), "batch", ...)
+        shift, scale = jnp.split(film, 2, axis=-1)
         h = modulate(GroupNorm(name="norm_out")(h), spread(shift, h), spread(scale, h))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(self.act(h))
         h = Conv(n, form=self.form, zero=True, dtype=self.dtype, name="conv_out")(h)
         if x.shape[-1] != n:
             x = Dense(n, dtype=self.dtype, name="skip")(x)
-        x = x + Tap(name="residual")(h)
+        x = constrain(x + Tap(name="residual")(h), "batch", ...)
         if self.heads:
             flat = lambda a: a.reshape(a.shape[0], -1, n)
             h = flat(GroupNorm(name="norm_attention")(x))

@@ -18,9 +18,10 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
+from diffjax.training import placement
+from diffjax.training.layouts import AXES, Layout
 from diffjax.training.state import TrainState, count_params, place
 
-AXES = ("data", "fsdp", "model")
 DISPATCH_WORK = (
     2e8  # parameters x examples below which several steps per call pay: less host work, and faster code on a CPU
 )
@@ -101,72 +102,93 @@ def steps_per_dispatch(params: PyTree, batch_size: int) -> int:
 
 
 def mesh(
-    train_step: Step,
-    *,
-    devices: Sequence[Any] | None = None,
-    per_dispatch: int = 1,
-    shape: tuple[int, int, int] | None = None,
-    rules: Callable[[str, Any], PartitionSpec | None] | None = None,
+    train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1, layout: Layout | None = None
 ) -> Driver:
-    """`jit` over a mesh of axes `(data, fsdp, model)`; the compiler places the collectives. The default driver.
+    """`jit` over the mesh of a layout; the compiler places the collectives. The default driver.
 
-    With `accumulate` the compiler reduces the gradient once per part, where `shard_map` and `pmap` reduce it once.
+    The loss sees the whole batch, cut along `data` and `fsdp`. Parameters cut along `fsdp` are gathered where they are
+    used, layer by layer. A gradient is reduced where the compiler finds it complete: with `accumulate` once per part,
+    where `shard_map` reduces it once, because a value carried through a loop cannot stay a sum that is not yet taken.
 
     Args:
         train_step: from `make_train_step`.
         devices: default all.
         per_dispatch: most steps per call.
-        shape: sizes of the three axes, default all devices on `data`; `fsdp > 1` cuts parameters, averages and moments.
-        rules: `(path, leaf) -> PartitionSpec`, or None for the default layout of that leaf.
+        layout: sizes of the mesh axes and rules for the parameters; default all devices on `data`.
 
-    Raises: ValueError: a shape that does not use every device.
+    Raises: ValueError: a layout that does not use every device, or rules that do not fit the state.
     """
-    devices = list(devices or jax.devices())
-    shape = shape or (len(devices), 1, 1)
-    if len(shape) != 3 or math.prod(shape) != len(devices):
-        raise ValueError(f"shape must give {len(devices)} devices as (data, fsdp, model); got {shape}")
-    grid = Mesh(np.array(devices).reshape(shape), AXES)
-    rows = PartitionSpec(None, AXES[:2])
+    layout, grid, shardings, put = _laid_out(devices, layout)
 
-    def shardings(state: TrainState) -> PyTree:
-        layout = lambda path, leaf: NamedSharding(grid, _spec(path, leaf, grid, rules))
-        return jax.tree_util.tree_map_with_path(layout, state)
+    def gradients(f: Callable) -> Callable:
+        # Told here how a gradient is cut, the compiler need not reduce more of it than each device keeps.
+        def pinned(key: Any, params: PyTree, *rest: Any) -> tuple[PyTree, dict]:
+            grads, scalars = f(key, params, *rest)
+            cut = jax.tree.map(
+                lambda s: NamedSharding(grid, s), placement.specs(layout, params),
+                is_leaf=lambda s: isinstance(s, PartitionSpec),
+            )  # fmt: skip
+            return jax.lax.with_sharding_constraint(grads, cut), scalars
+
+        return pinned
 
     def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
-        new, metrics = _many(train_step, per_dispatch, state, batches, n)
-        return jax.lax.with_sharding_constraint(new, shardings(state)), metrics
+        with jax.sharding.use_abstract_mesh(grid.abstract_mesh):  # what `constrain` in a network speaks of
+            return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients)
 
     return Driver(
-        "mesh", shape[0] * shape[1], per_dispatch, shardings, lambda b: _global(b, NamedSharding(grid, rows)),
+        "mesh", layout.data * layout.fsdp, per_dispatch, shardings, put,
         jax.jit(run, donate_argnums=0), getattr(train_step, "accumulate", 1),
     )  # fmt: skip
 
 
-def shard_map(train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1) -> Driver:
-    """`jax.shard_map` over the batch; every device holds the whole state and the gradient is averaged by `pmean`."""
-    devices = list(devices or jax.devices())
-    grid = Mesh(np.array(devices), ("data",))
-    rows = PartitionSpec(None, "data")
-    # check_vma=False: with it on, gradients of replicated parameters arrive already summed, and pmean would not undo it.
-    body = jax.shard_map(
-        lambda state, batches, n: _many(train_step, per_dispatch, state, batches, n, axis="data"),
-        mesh=grid, in_specs=(PartitionSpec(), rows, PartitionSpec()), out_specs=PartitionSpec(), check_vma=False,
-    )  # fmt: skip
+def shard_map(
+    train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1, layout: Layout | None = None
+) -> Driver:
+    """`jax.shard_map` over the batch: a loss sees its device's rows alone, and the gradient is reduced once per step.
+
+    With `fsdp > 1` the state is cut, all parameters are gathered once and every gradient is scattered: the fewest bytes
+    on any backend (see `placement.spread`). The update is computed on the cut state as a whole, so that whatever an
+    optimizer does, such as clipping by the global norm, is right.
+
+    Args and Raises: as `mesh`.
+    """
+    layout, grid, shardings, put = _laid_out(devices, layout)
+    gradients = lambda f: placement.spread(layout, grid, f)
+
+    def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
+        return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients)
+
     return Driver(
-        "shard_map", len(devices), per_dispatch, lambda state: _replicated(state, grid),
-        lambda b: _global(b, NamedSharding(grid, rows)), jax.jit(body, donate_argnums=0),
-        getattr(train_step, "accumulate", 1),
+        "shard_map", layout.data * layout.fsdp, per_dispatch, shardings, put,
+        jax.jit(run, donate_argnums=0), getattr(train_step, "accumulate", 1),
     )  # fmt: skip
 
 
-def pmap(train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1) -> Driver:
-    """`jax.pmap`, the classic per-device idiom: batches are `[K, devices, B / devices, ...]`, every device has the state."""
+def pmap(
+    train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1, layout: Layout | None = None
+) -> Driver:
+    """`jax.pmap`, the classic per-device idiom: batches are `[K, devices, B / devices, ...]`, every device has the state.
+
+    Raises: ValueError: a layout that cuts the state or the network.
+    """
     devices = list(devices or jax.devices())
+    if layout is not None and (layout.data != layout.size or layout.size != len(devices)):
+        raise ValueError(
+            f"pmap keeps the whole state on each of its {len(devices)} devices, and takes no layout but data={len(devices)}; "
+            f"got {dict(zip(AXES, layout.shape, strict=True))}. Use mesh or shard_map"
+        )
     grid = Mesh(np.array(devices), ("data",))
     local = sum(d.process_index == jax.process_index() for d in devices)
+
+    def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
+        size = jax.tree.leaves(batches)[0].shape[1]
+        items = jax.lax.axis_index("data") * size + jnp.arange(size, dtype=jnp.int32)
+        reduce = lambda tree: jax.lax.pmean(tree, "data")
+        return _many(train_step, per_dispatch, state, batches, n, items=items, reduce=reduce)
+
     call = jax.pmap(
-        lambda state, batches, n: _many(train_step, per_dispatch, state, batches, n, axis="data"),
-        axis_name="data", in_axes=(None, 1, None), out_axes=None, donate_argnums=0, devices=devices,
+        run, axis_name="data", in_axes=(None, 1, None), out_axes=None, donate_argnums=0, devices=devices,
     )  # fmt: skip
 
     def call_everywhere(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
@@ -188,7 +210,7 @@ PARALLEL = {"mesh": mesh, "shard_map": shard_map, "pmap": pmap}
 
 
 def driver(parallel: str | Callable[..., Driver], train_step: Step, **options: Any) -> Driver:
-    """The driver of that name, or made by that function (such as `functools.partial(mesh, shape=(2, 4, 1))`).
+    """The driver of that name, or made by that function (such as `functools.partial(mesh, layout=Layout(fsdp=8))`).
 
     Raises: ValueError: unknown name.
     """
@@ -199,13 +221,8 @@ def driver(parallel: str | Callable[..., Driver], train_step: Step, **options: A
     return parallel(train_step, **options)
 
 
-def _many(step: Step, k: int, state: TrainState, batches: PyTree, n: Any, axis: str | None = None) -> tuple:
-    """`n <= k` steps over stacked batches; metrics [k]. `axis` names the devices where each sees its own rows only."""
-    options = {}
-    if axis is not None:
-        size = jax.tree.leaves(batches)[0].shape[1]
-        options["items"] = jax.lax.axis_index(axis) * size + jnp.arange(size, dtype=jnp.int32)
-        options["reduce"] = lambda tree: jax.lax.pmean(tree, axis)
+def _many(step: Step, k: int, state: TrainState, batches: PyTree, n: Any, **options: Any) -> tuple:
+    """`n <= k` steps over stacked batches; metrics [k]."""
     if k == 1:
         state, metrics = step(state, jax.tree.map(lambda a: a[0], batches), **options)
         return state, jax.tree.map(lambda m: m[None], metrics)
@@ -222,17 +239,24 @@ def _many(step: Step, k: int, state: TrainState, batches: PyTree, n: Any, axis: 
     return jax.lax.fori_loop(0, n, body, (state, jax.tree.map(lambda s: jnp.zeros((k, *s.shape), s.dtype), shapes)))
 
 
-def _spec(path: Any, leaf: Any, grid: Mesh, rules: Any) -> PartitionSpec:
-    """The layout of one leaf: by rule, else the longest axis that `fsdp` divides, else replicated."""
-    chosen = rules(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) if rules is not None else None
-    if chosen is not None:
-        return chosen
-    parts = grid.shape["fsdp"]
-    axes = [i for i, n in enumerate(leaf.shape) if n % parts == 0]
-    if parts == 1 or not axes:
-        return PartitionSpec()
-    longest = max(axes, key=lambda i: leaf.shape[i])
-    return PartitionSpec(*[None] * longest, "fsdp")
+def _laid_out(devices: Sequence[Any] | None, layout: Layout | None) -> tuple[Layout, Mesh, Callable, Callable]:
+    """The layout, its mesh, the shardings of a state, and the function that puts stacked batches on the devices."""
+    devices = list(devices or jax.devices())
+    layout = layout or Layout(data=len(devices))
+    grid = placement.grid(layout, devices)
+    rows = NamedSharding(grid, PartitionSpec(None, placement.ROWS))
+    shardings = lambda state: placement.shardings(layout, grid, state)
+    return layout, grid, shardings, lambda batches: _global(batches, rows)
+
+
+def _pin(step: Step, shardings: Callable[[TrainState], PyTree]) -> Step:
+    """`step`, whose new state is laid out as the old one."""
+
+    def pinned(state: TrainState, batch: PyTree, **options: Any) -> tuple[TrainState, dict]:
+        new, metrics = step(state, batch, **options)
+        return jax.lax.with_sharding_constraint(new, shardings(state)), metrics
+
+    return pinned
 
 
 def _replicated(state: TrainState, grid: Mesh) -> PyTree:

@@ -58,6 +58,23 @@ class Layout:
         """The sizes in the order of `AXES`."""
         return tuple(getattr(self, name) for name in AXES)
 
+    def over(self, devices: int) -> Layout:
+        """This layout with `data` set to what the other axes leave of `devices`.
+
+        Raises: ValueError: they do not divide it.
+
+        Example:
+            >>> Layout(fsdp=4).over(8).shape
+            (2, 4, 1, 1)
+        """
+        inside = self.size // self.data
+        if devices % inside:
+            sizes = " x ".join(f"{name}={getattr(self, name)}" for name in AXES[1:])
+            raise ValueError(
+                f"{sizes} needs a multiple of {inside} devices; got {devices}. Choose sizes whose product divides {devices}"
+            )
+        return dataclasses.replace(self, data=devices // inside)
+
     def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
         """How the leaf of that path and shape is cut.
 

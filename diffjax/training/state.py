@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -61,24 +61,76 @@ def init_state(
     key = jax.random.key(key) if isinstance(key, int) else key
     if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be an int seed or a typed key from jax.random.key; got an array of {key.dtype}")
-    names = tuple(emas or ())
-
-    def build(params: PyTree, key: Any) -> TrainState:
-        # Explicit output shardings below: without them optax's step count lands on device 0, and is restored there.
-        zero = jnp.zeros((), jnp.int32)
-        with plain_promotion():
-            opt_state = optimizer.init(params)
-        return TrainState(
-            step=zero,
-            params=jax.tree.map(jnp.copy, params),
-            ema={name: jax.tree.map(lambda p: jnp.copy(widen(p)), params) for name in names},
-            opt_state=jax.tree.map(jnp.copy, opt_state),
-            key=jnp.copy(key),
-            skipped={"total": jnp.copy(zero), "consecutive": jnp.copy(zero)},
-        )
-
+    # Explicit output shardings: without them optax's step count lands on device 0, and is restored there.
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.jit(build, out_shardings=sharding)(*jax.device_put((params, key), sharding))
+    build = jax.jit(lambda params, key: _state(params, optimizer, key, emas or ()), out_shardings=sharding)
+    return build(*jax.device_put((params, key), sharding))
+
+
+def init_sharded(
+    init: Callable[[Any], PyTree],
+    optimizer: optax.GradientTransformation,
+    key: Any,
+    driver: Any,
+    *,
+    emas: Mapping[str, Ema] | None = None,
+) -> TrainState:
+    """The state before the first step, born in the layout of `driver`: no device ever holds more than its part.
+
+    One program draws the parameters and makes averages and moments from them; the numbers are those of
+    `init_state(init(key), optimizer, key, emas=emas)` on one device. `fit` takes this function with all but the driver
+    given, and calls it unless it resumes: `functools.partial(init_sharded, init, optimizer, key)`.
+
+    Args: init: `key -> params`, a pure function such as `lambda k: net.init(k, x, t)["params"]`.   key: typed key or int
+        seed, of the parameters and of the run.   driver: from `devices.driver`.   emas: as for `init_state`.
+
+    Example:
+        >>> from diffjax.training import devices
+        >>> driver = devices.mesh(lambda state, batch: (state, {}), devices=jax.devices()[:1])
+        >>> state = init_sharded(lambda k: {"w": jax.random.normal(k, (3,))}, optax.sgd(0.1), 0, driver)
+        >>> state.params["w"].shape
+        (3,)
+    """
+    build, data = _birth(init, optimizer, key, emas or ())
+    shardings = driver.shardings(jax.eval_shape(build, data))
+    return jax.jit(build, out_shardings=shardings, compiler_options=QUICK)(data)
+
+
+def lower_init(init: Any, optimizer: Any, key: Any, driver: Any, *, emas: Any = None) -> Any:
+    """The lowered program of `init_sharded`, to inspect its memory."""
+    build, data = _birth(init, optimizer, key, emas or ())
+    shardings = driver.shardings(jax.eval_shape(build, data))
+    return jax.jit(build, out_shardings=shardings, compiler_options=QUICK).lower(data)
+
+
+QUICK = {"xla_backend_optimization_level": 0}  # runs once: compiled without optimisation, many times faster
+
+
+def _birth(init: Any, optimizer: Any, key: Any, names: Any) -> tuple[Callable[[Any], TrainState], np.ndarray]:
+    """`(function of the raw key, raw key)`: NumPy, which every process may give to one program."""
+    key = jax.random.key(key) if isinstance(key, int) else key
+    implementation = jax.random.key_impl(key)
+
+    def build(data: Any) -> TrainState:
+        key = jax.random.wrap_key_data(data, impl=implementation)
+        return _state(init(jax.random.clone(key)), optimizer, key, names)
+
+    return build, np.asarray(jax.random.key_data(key))
+
+
+def _state(params: PyTree, optimizer: optax.GradientTransformation, key: Any, names: Any) -> TrainState:
+    """The state before the first step; the copies are there because no two leaves may share memory."""
+    zero = jnp.zeros((), jnp.int32)
+    with plain_promotion():
+        opt_state = optimizer.init(params)
+    return TrainState(
+        step=zero,
+        params=jax.tree.map(jnp.copy, params),
+        ema={name: jax.tree.map(lambda p: jnp.copy(widen(p)), params) for name in names},
+        opt_state=jax.tree.map(jnp.copy, opt_state),
+        key=jnp.copy(key),
+        skipped={"total": jnp.copy(zero), "consecutive": jnp.copy(zero)},
+    )
 
 
 @contextlib.contextmanager

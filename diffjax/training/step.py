@@ -60,19 +60,24 @@ class TrainStep:
     condition: Callable[[Batch], PyTree] = condition
 
     def __call__(
-        self, state: TrainState, batch: Batch, *, items: Any = None, reduce: Callable[[PyTree], PyTree] = identity
+        self,
+        state: TrainState,
+        batch: Batch,
+        *,
+        items: Any = None,
+        reduce: Callable[[PyTree], PyTree] = identity,
+        spread: Callable[[Callable], Callable] = identity,
     ) -> tuple[TrainState, dict]:
         """One step.   `items`: [B] global positions, default arange.   `reduce`: mean over devices, given by a driver.
+        `spread`: the function `augmented_gradients` as a driver runs it on many devices.
 
         Returns: the next state and scalars: loss, grad_norm, learning_rate, skipped, consecutive, means of the aux.
         """
         size = nu.batch_size(batch)
         items = jnp.arange(size, dtype=jnp.int32) if items is None else items
         key = jax.random.fold_in(state.key, state.step)
-        if self.augment is not None:
-            batch = self.augment(jax.random.fold_in(key, 1), batch, items)
         # Everything that is summed over devices goes through one call, so that it can be one message.
-        grads, scalars = reduce(self.gradients(jax.random.fold_in(key, 0), state.params, batch, items))
+        grads, scalars = reduce(spread(self.augmented_gradients)(key, state.params, dict(batch), items))
         grad_norm = optax.tree.norm(grads)
 
         old = (state.params, state.ema, state.opt_state)
@@ -103,6 +108,12 @@ class TrainStep:
         ema = ema_update(state.updates + 1, state.ema, params, dict(self.emas))
         old = (state.params, state.ema, state.opt_state)
         return jax.tree.map(lambda a, like: jnp.asarray(a).astype(like.dtype), (params, ema, opt_state), old)
+
+    def augmented_gradients(self, key: Any, params: PyTree, batch: Batch, items: Any) -> tuple[PyTree, dict]:
+        """`gradients` on the augmented batch; `key` is that of the step."""
+        if self.augment is not None:
+            batch = self.augment(jax.random.fold_in(key, 1), batch, items)
+        return self.gradients(jax.random.fold_in(key, 0), params, batch, items)
 
     def gradients(self, key: Any, params: PyTree, batch: Batch, items: Any) -> tuple[PyTree, dict]:
         """Gradient of the mean loss over `batch` and the mean scalars, in `accumulate` parts of equal size."""

@@ -14,6 +14,7 @@ import toy
 from jax.sharding import PartitionSpec as P
 
 from diffjax.training import devices, fit, init_state, make_train_step
+from diffjax.training.layouts import Layout
 
 
 def run(parallel, optimizer, n, dtype, steps=20, per_dispatch=4, **options):
@@ -47,7 +48,7 @@ def test_float32_is_close_on_eight_devices_and_training_helps():
 
 def test_fsdp_cuts_the_state_and_keeps_the_numbers():
     reference = run("mesh", optax.adam(1e-2), 1, np.float32, steps=8)
-    sharded = functools.partial(devices.mesh, shape=(2, 4, 1))
+    sharded = functools.partial(devices.mesh, layout=Layout(data=2, fsdp=4))
     toy.assert_close(run(sharded, optax.adam(1e-2), 8, np.float32, steps=8), reference, rtol=1e-4, atol=1e-5)
     state, train_step = toy.make()
     driver = sharded(train_step, devices=jax.devices())
@@ -60,8 +61,8 @@ def test_fsdp_cuts_the_state_and_keeps_the_numbers():
 
 def test_rules_choose_the_layout_of_a_leaf():
     state, train_step = toy.make()
-    rules = lambda path, leaf: P("model") if path.endswith("embed") else None
-    driver = devices.mesh(train_step, devices=jax.devices(), shape=(4, 1, 2), rules=rules)
+    rules = (("embed$", P("model", None)),)
+    driver = devices.mesh(train_step, devices=jax.devices(), layout=Layout(data=4, model=2, rules=rules))
     assert driver.place(state).params["embed"].sharding.spec == P("model")
     after, _ = driver.step(driver.place(state), [toy.batch(0)])
     assert after.params["embed"].sharding.spec == P("model")
@@ -120,8 +121,10 @@ def test_bad_input():
     state, train_step = toy.make(accumulate=2)
     with pytest.raises(ValueError, match="mesh, shard_map, pmap; got 'gpu'"):
         devices.driver("gpu", train_step)
-    with pytest.raises(ValueError, match=r"8 devices as \(data, fsdp, model\); got \(3, 1, 1\)"):
-        devices.mesh(train_step, shape=(3, 1, 1))
+    with pytest.raises(ValueError, match="data=3 x fsdp=1 x model=1 x sequence=1 is for 3 devices; got 8"):
+        devices.mesh(train_step, layout=Layout(data=3))
+    with pytest.raises(ValueError, match="pmap keeps the whole state .* 'fsdp': 2.* Use mesh or shard_map"):
+        devices.pmap(train_step, layout=Layout(data=4, fsdp=2))
     driver = devices.mesh(train_step)
     with pytest.raises(ValueError, match="batch of 8 examples .* 8 devices x 2 accumulation parts"):
         driver.step(driver.place(state), [toy.batch(0, size=8)])
