@@ -21,6 +21,7 @@ import numpy as np
 
 from diffjax.networks.embeddings import UNIT, Frequencies, LabelEmbedding, TimeCode
 from diffjax.networks.layers import Dense
+from diffjax.networks.partition import constrain
 
 FIELDS = {"label": "num_classes", "vector": "vector_size", "tokens": "token_size", "image": "image_channels"}
 
@@ -210,7 +211,7 @@ class Code(nn.Module):
             items.append(Dense(self.features, bias=False, dtype=self.dtype, name="vector")(v))
         for item in items:
             c = c + item.reshape(item.shape[:1] + (1,) * (c.ndim - 2) + item.shape[1:])
-        return self.act(c)
+        return constrain(self.act(c), "batch", ...)
 
 
 def _check_label(label: Any, b: int, num_classes: int) -> None:

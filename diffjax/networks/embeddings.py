@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.networks.layers import Dense, fan_in_uniform
+from diffjax.networks.partition import constrain
 
 Frequencies = tuple[float, float]
 UNIT: Frequencies = (1.0, 256.0)
@@ -84,8 +85,9 @@ class TimeCode(nn.Module):
     def __call__(self, t: Any) -> jax.Array:
         """Embed the time code."""
         h = sinusoids(t, self.size or self.features, self.frequencies)
-        h = Dense(self.features, dtype=self.dtype, name="hidden")(h)
-        return Dense(self.features, dtype=self.dtype, name="out")(self.act(h))
+        h = Dense(self.features, dtype=self.dtype, name="hidden")(constrain(h, "batch", ...))
+        h = constrain(h, "batch", ..., "wide")
+        return constrain(Dense(self.features, dtype=self.dtype, name="out")(self.act(h)), "batch", ...)
 
 
 class LabelEmbedding(nn.Module):
@@ -113,4 +115,4 @@ class LabelEmbedding(nn.Module):
         table = self.param("table", fan_in_uniform(fan_in=1), (self.num_classes + 1, self.features), jnp.float32)
         rows = jnp.take(table, label, axis=0, mode="fill", fill_value=jnp.nan)
         rows = jnp.where((label >= 0)[..., None], rows, jnp.nan)  # negative indices would count from the end
-        return rows.astype(self.dtype)
+        return constrain(rows, "batch", None).astype(self.dtype)

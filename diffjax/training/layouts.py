@@ -1,7 +1,7 @@
 """Layouts: how the axes of a mesh cut a training state, from sizes and rules alone, without devices.
 
 A `Layout` gives the sizes of the mesh axes. A leaf is cut along `model` by the rules of its network, then along `fsdp`
-on the longest axis that divides; what no axis divides is whole everywhere. The same rules serve parameters, averages and
+on the longest axis that divides, the last one of several (the first is often one of layers); what no axis divides is whole everywhere. The same rules serve parameters, averages and
 moments, whose paths end alike.
 """
 
@@ -83,7 +83,7 @@ class Layout:
         parts = self._ruled(path, shape)
         free = [i for i, n in enumerate(shape) if parts[i] is None and n % self.fsdp == 0 and n >= self.fsdp]
         if self.fsdp > 1 and free and "fsdp" not in parts:
-            parts[max(free, key=lambda i: shape[i])] = "fsdp"
+            parts[max(free, key=lambda i: (shape[i], i))] = "fsdp"
         while parts and parts[-1] is None:
             parts.pop()
         return PartitionSpec(*parts)
