@@ -17,6 +17,7 @@ import numpy as np
 from jax.extend import core
 
 from diffjax.numerics import PyTree
+from diffjax.training.state import widen
 
 FREE = frozenset(
     "broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice dynamic_update_slice eq expand_dims "
@@ -83,12 +84,10 @@ def saving(fn: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     def kept(*args: Any) -> Any:
-        leaves, tree = jax.tree.flatten(args)
-        program, shape = jax.make_jaxpr(lambda *leaves: fn(*jax.tree.unflatten(tree, leaves)), return_shape=True)(
-            *leaves
+        program, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
+        return jax.tree.unflatten(
+            jax.tree.structure(shape), core.jaxpr_as_fun(keep_all(program))(*jax.tree.leaves(args))
         )
-        program = program.replace(jaxpr=_keep_all(program.jaxpr))
-        return jax.tree.unflatten(jax.tree.structure(shape), core.jaxpr_as_fun(program)(*leaves))
 
     return kept
 
@@ -99,17 +98,16 @@ def model_flops(train_step: Any, params: PyTree, batch: PyTree) -> Flops:
     Args: train_step: from `make_train_step`.   params, batch: arrays or `ShapeDtypeStruct`s, the batch over all devices.
     Reference: Chowdhery et al. 2022, arXiv:2204.02311, Appendix B (model FLOPs utilisation).
     """
-    return count(jax.grad(saving(mean_loss(train_step))), params, *inputs(train_step, batch))
+    return count(jax.grad(saving(mean_loss(train_step)), has_aux=True), params, *inputs(train_step, batch))
 
 
 def mean_loss(train_step: Any) -> Callable[..., Any]:
-    """The step's objective `(params, key, batch, items) -> []`, of one part of the batch, already augmented."""
+    """The step's objective `(params, key, batch, items) -> ([], aux)` of one part of the batch, already augmented."""
 
     def loss(params: PyTree, key: Any, batch: PyTree, items: Any) -> Any:
-        per_example, _ = train_step.loss(
-            key, train_step.model(params), batch["x"], train_step.condition(batch), items=items
-        )
-        return per_example.astype(jnp.promote_types(per_example.dtype, jnp.float32)).mean()
+        cond = train_step.condition(batch)
+        per_example, aux = train_step.loss(key, train_step.model(params), batch["x"], cond, items=items)
+        return widen(per_example).mean(), aux
 
     return loss
 
@@ -249,14 +247,14 @@ def _convolution(eqn: core.JaxprEqn) -> int:
     return 2 * products
 
 
-def _keep_all(jaxpr: core.Jaxpr) -> core.Jaxpr:
-    """The program with the policy "keep everything" wherever something is recomputed."""
+def keep_all(program: Any) -> Any:
+    """A traced program with the policy "keep everything" wherever something is recomputed."""
+    if isinstance(program, core.ClosedJaxpr):
+        return program.replace(jaxpr=keep_all(program.jaxpr))
 
     def changed(value: Any) -> Any:
-        if isinstance(value, core.ClosedJaxpr):
-            return value.replace(jaxpr=_keep_all(value.jaxpr))
-        if isinstance(value, core.Jaxpr):
-            return _keep_all(value)
+        if isinstance(value, (core.ClosedJaxpr, core.Jaxpr)):
+            return keep_all(value)
         return tuple(map(changed, value)) if type(value) is tuple else value  # the branches of a condition
 
     def equation(eqn: core.JaxprEqn) -> core.JaxprEqn:
@@ -267,7 +265,7 @@ def _keep_all(jaxpr: core.Jaxpr) -> core.Jaxpr:
             params["policy"] = jax.checkpoint_policies.everything_saveable
         return eqn.replace(params=params)
 
-    return jaxpr.replace(eqns=[equation(eqn) for eqn in jaxpr.eqns])
+    return program.replace(eqns=[equation(eqn) for eqn in program.eqns])
 
 
 def _words(name: str) -> list[str]:

@@ -44,7 +44,7 @@ class Plan:
     memory: dict[str, int]  # parameters, averages, optimiser, gradients, activations, batch
     collectives: tuple[Collective, ...]
     flops: int  # of the model's loss and gradient, over all devices
-    executed: int  # with recomputation and the update, over all devices
+    executed: int  # with what is recomputed, over all devices
     per_device: int  # of `executed`, on one device
     limit: int | None = None  # bytes of memory of one device
     fitting: Layout | None = None  # of the same devices, the least cut that fits the limit

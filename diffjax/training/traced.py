@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -67,30 +67,25 @@ def trace(train_step: Any, params: PyTree, batch: Mapping[str, Any], layout: Lay
             f"got items of shape {x.shape[1:]}"
         )
 
-    loss = flops.mean_loss(train_step)
     local = size // parts
-    sizes = {"model": layout.model, "sequence": layout.sequence}
-    small, twice = flops.inputs(train_step, batch, local), flops.inputs(train_step, batch, 2 * local)
-    forward = jax.make_jaxpr(loss)(params, *small).jaxpr
-    cuts = _cuts(known, small, layout)
-    follower = Follower(sizes)
+    loss = flops.mean_loss(train_step)
+    # Twice, for one and for two shares of the batch: what does not grow with it depends on parameters alone.
+    shares = [flops.inputs(train_step, batch, n * local) for n in (1, 2)]
+    programs = [jax.make_jaxpr(loss)(params, *inputs) for inputs in shares]
+    forward, cuts = programs[0].jaxpr, _cuts(known, shares[0], layout)
+    follower = Follower({"model": layout.model, "sequence": layout.sequence})
     follower.run(forward, cuts)
-
-    kept, copies = _residuals(loss, params, small, twice, cuts, sizes)
-    blocks = _recomputed(forward)
+    lean = _gradient(programs, len(known), cuts, follower.sizes)
+    rich, blocks, kept = lean, _recomputed(forward), lean.kept
     if blocks:  # the backward pass holds what one recomputed block keeps, beside what all keep
-        every, _ = _residuals(flops.saving(loss), params, small, twice, cuts, sizes)
-        kept += (every - kept) // blocks
-    per_device = sum(map(size_of, jax.tree.leaves(batch))) // (layout.data * layout.fsdp)
-    key, entire, items = flops.inputs(train_step, batch)
-    _, scalars = jax.eval_shape(train_step.gradients, key, params, entire, items)
-    model_flops = flops.model_flops(train_step, params, batch).total
-    executed = flops.count(train_step, state, batch).total
-    types = dict(zip(known, _used(forward, len(known)), strict=True))
-    sent = tuple(map(size_of, jax.tree.leaves(scalars)))
+        rich = _gradient([flops.keep_all(p) for p in programs], len(known), cuts, follower.sizes)
+        kept += (rich.kept - lean.kept) // blocks
+    over_all = lambda work: work[0] + (work[1] - work[0]) * (parts - 1)
     return Trace(
-        train_step, parallel, state, size, per_device, kept, copies, follower, types, sent, model_flops, executed
-    )
+        train_step, parallel, state, size, sum(map(size_of, jax.tree.leaves(batch))) // (layout.data * layout.fsdp), kept,
+        lean.copies, follower, dict(zip(known, _used(forward, len(known)), strict=True)),
+        tuple(max(v.aval.dtype.itemsize, 4) for v in forward.outvars), over_all(rich.work), over_all(lean.work),
+    )  # fmt: skip
 
 
 def _cuts(known: dict, inputs: tuple, layout: Layout) -> list[Cut]:
@@ -108,27 +103,40 @@ def _cuts(known: dict, inputs: tuple, layout: Layout) -> list[Cut]:
     return [*cuts, (), *(field(path, a) for path, a in named(batch)), (None,)]
 
 
-def _residuals(loss: Any, params: PyTree, small: tuple, twice: tuple, cuts: list, sizes: Any) -> tuple[int, int]:
-    """Bytes on one device of what the backward pass reads: (of each batch, of parameters alone)."""
+class _Gradient(NamedTuple):
+    """Of a loss: bytes on one device that its backward pass reads, and the operations for one and two shares."""
 
-    def forward(params: PyTree, *args: Any) -> Any:
-        return jax.vjp(lambda p: loss(p, *args), params)
+    kept: int  # of the values of examples
+    copies: int  # of what depends on parameters alone
+    work: list[int]
 
-    one, two = (jax.make_jaxpr(forward)(params, *args).jaxpr for args in (small, twice))
-    given = {id(v) for v in (*one.invars, *one.constvars)}
-    follower = Follower(sizes)
-    outs = follower.run(one, cuts)
-    kept, copies, seen = 0, 0, set()
-    for v, other, cut in zip(one.outvars, two.outvars, outs, strict=True):
-        if isinstance(v, core.Literal) or id(v) in given | seen or not hasattr(v.aval.dtype, "itemsize"):
+
+def _gradient(programs: list, n: int, cuts: list[Cut], sizes: Any) -> _Gradient:
+    """Trace the gradient with respect to the first `n` inputs of a loss's programs, for one and for two shares."""
+
+    def both(program: Any) -> Any:
+        fn = core.jaxpr_as_fun(program)
+
+        def run(*args: Any) -> Any:
+            value, backward = jax.vjp(lambda *params: fn(*params, *args[n:])[0], *args[:n])
+            return jax.tree.leaves(backward), backward(jnp.ones_like(value))
+
+        return jax.make_jaxpr(run)(
+            *(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in program.jaxpr.invars)
+        ).jaxpr
+
+    one, two = map(both, programs)
+    outs = Follower(sizes).run(one, cuts)
+    kept, copies, seen = 0, 0, {id(v) for v in (*one.invars, *one.constvars)}
+    for v, other, cut in list(zip(one.outvars, two.outvars, outs, strict=True))[:-n]:
+        if isinstance(v, core.Literal) or id(v) in seen:
             continue
         seen.add(id(v))
-        size = local_bytes(v, cut, sizes)
         if v.aval.shape == other.aval.shape:
-            copies += size
+            copies += local_bytes(v, cut, sizes)
         else:
-            kept += size
-    return kept, copies
+            kept += local_bytes(v, cut, sizes)
+    return _Gradient(kept, copies, [flops.of_jaxpr(p).total for p in (one, two)])
 
 
 def _recomputed(jaxpr: core.Jaxpr) -> int:
