@@ -14,6 +14,7 @@ import tyro
 
 COMMANDS = {
     "train": "train a model: `diffjax train digits`; continue one: `diffjax train --resume RUN`",
+    "launch": "train with several processes: `diffjax launch -n 4 -- train digits`",
     "sample": "draw samples of a run: a PNG grid and an .npz",
     "eval": "score a run's samples beside real data",
     "list": "show the methods: `diffjax list solvers`",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
-        return 130
+        return _left(130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # the reader has gone: what is still buffered goes nowhere
         return 141
@@ -56,7 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         code, text = found
         print(f"diffjax: error: {text}", file=sys.stderr)
-        return code
+        return _left(code)
+
+
+def _left(code: int) -> int:
+    """Leave with this code; without waiting, if there are other processes that would wait for this one."""
+    if "diffjax.training.hosts" in sys.modules:
+        sys.modules["diffjax.training.hosts"].leave(code)
+    return code
 
 
 def _explained(error: Exception) -> tuple[int, str] | None:
@@ -64,6 +72,8 @@ def _explained(error: Exception) -> tuple[int, str] | None:
     from diffjax.cli.run import Failed
     from diffjax.training import Diverged
 
+    if "Gloo" in str(error) and type(error).__module__.startswith(("jax", "builtins")):
+        return 1, f"lost another process ({str(error).splitlines()[0]})"
     if "RESOURCE_EXHAUSTED" in str(error):
         return 1, "the device is out of memory; use a smaller --training.batch-size, --training.accumulate, or --chunk"
     if isinstance(error, (Diverged, Failed)):
@@ -93,9 +103,16 @@ def _dispatch(argv: list[str]) -> int:
         close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"there is no command {command!r}.{hint} Commands are {', '.join(COMMANDS)}")
-    return {"train": _train, "sample": _sample, "eval": _eval, "list": _list, "cite": _cite, "data": _data}[command](
-        argv[1:]
-    )
+    return {
+        "train": _train, "launch": _launch, "sample": _sample, "eval": _eval, "list": _list, "cite": _cite, "data": _data,
+    }[command](argv[1:])  # fmt: skip
+
+
+def _launch(argv: list[str]) -> int:
+    from diffjax.cli import launch
+
+    cut = argv.index("--") if "--" in argv else len(argv)
+    return launch.main(_parse(launch.Launch, "launch", argv[:cut]), argv[cut + 1 :])
 
 
 def _parse(kind: Any, command: str, argv: list[str], **options: Any) -> Any:

@@ -54,6 +54,8 @@ RULES: dict[str, Rule] = {
     "sampler.steps": COUNT,
     "sampler.guidance": FINITE,
     "sampler.seeds": COUNT,
+    "hosts.patience": POSITIVE,
+    "hosts.heartbeat": COUNT,
 }
 
 

@@ -140,6 +140,22 @@ class Sampler:
 
 
 @dataclasses.dataclass(frozen=True)
+class Hosts:
+    """Several processes; by default what the environment says: `diffjax launch`, SLURM, a TPU pod."""
+
+    coordinator: str | None = None
+    """host:port at which process 0 listens"""
+    processes: int | None = None
+    """how many there are"""
+    process: int | None = None
+    """which one this is, from 0"""
+    patience: float = 300.0
+    """seconds to wait for the others at the start"""
+    heartbeat: int = 15
+    """seconds after which a silent process counts as lost"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Train:
     """Train a model; at the end print its scores and where the last grid of samples lies."""
 
@@ -166,9 +182,10 @@ class Train:
     objective: Objective = dataclasses.field(default_factory=Objective)
     training: Training = dataclasses.field(default_factory=Training)
     sampler: Sampler = dataclasses.field(default_factory=Sampler)
+    hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
 
-PLACES = ("run", "resume", "config")  # where, not what: not kept in config.json
+PLACES = ("run", "resume", "config", "hosts")  # where, not what: not kept in config.json
 FREE = ("scores",)  # may differ between a run and its continuation without a trace
 OLDER = {("model.remat", True): "full", ("model.remat", False): "none"}  # values that earlier versions wrote
 EXTENDABLE = ("training.steps", "data_directory")  # may differ, and config.json follows
@@ -292,9 +309,11 @@ def differences(old: Train, new: Train) -> dict[str, tuple[Any, Any]]:
         for field in dataclasses.fields(a):
             name = where + field.name
             u, v = getattr(a, field.name), getattr(b, field.name)
+            if name in PLACES + FREE:
+                continue
             if dataclasses.is_dataclass(u):
                 walk(u, v, f"{name}.")
-            elif u != v and name not in PLACES + FREE:
+            elif u != v:
                 found[name] = (u, v)
 
     walk(old, new, "")

@@ -1,4 +1,7 @@
-"""What the command line prints: tables and progress, on a terminal as bars, elsewhere as plain lines."""
+"""What the command line prints: tables and progress, on a terminal as bars, elsewhere as plain lines.
+
+Of several processes the first prints for all.
+"""
 
 from __future__ import annotations
 
@@ -9,17 +12,22 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from diffjax.training.hosts import leader
+
 OUT = Console(soft_wrap=True)
 NOTES = Console(stderr=True, soft_wrap=True)
 
 
-def note(text: str) -> None:
-    """One line for people, on stderr, so that stdout holds results alone."""
-    NOTES.print(text, markup=False, highlight=False)
+def note(text: str, *, everywhere: bool = False) -> None:
+    """One line for people, on stderr, so that stdout holds results alone.   everywhere: from every process."""
+    if everywhere or leader():
+        NOTES.print(text, markup=False, highlight=False)
 
 
 def show(thing: Any) -> None:
     """A result: a line of text as it is; a rich table with rules on a terminal, as aligned columns elsewhere."""
+    if not leader():
+        return
     if isinstance(thing, str):
         OUT.print(thing, markup=False, highlight=False)
     elif OUT.is_terminal:

@@ -12,22 +12,29 @@ import jax.numpy as jnp
 
 from diffjax import data as data_
 from diffjax import networks, training
-from diffjax.cli import build, check, config, console, evaluate, plot
+from diffjax.cli import build, check, config, console, evaluate, launch, plot
 from diffjax.cli import run as runs
 from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
-from diffjax.training import CheckpointStore, Hook
+from diffjax.training import CheckpointStore, Hook, hosts
 
 COLUMNS = 10  # of a grid of pictures, and its rows
 POINTS = 4096  # of a scatter plot
 
 
 def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
-    """The configuration, the folder, and whether a run is continued.
+    """The configuration, the folder, and whether a run is continued; the same on every process.
 
-    Raises: ValueError: a folder that holds another run, or options that differ from those of the run to continue.
+    Raises: ValueError: a folder that holds another run, or options that differ from those of the run to continue or from
+        those of process 0.
     """
+    where, theirs = hosts.first(
+        lambda: [args.resume or str(runs.new_folder(args.run, args.data)), config.to_json(args)]
+    )
+    if others := config.differences(config.from_json(theirs), args):
+        lines = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in others.items())
+        raise ValueError(f"process 0 was started with other options than process {jax.process_index()}: {lines}")
     if args.resume is None:
-        return args, runs.new_folder(args.run, args.data), False
+        return args, pathlib.Path(where), False
     folder = pathlib.Path(args.resume)
     for name in ("run", "config"):
         if getattr(args, name) is not None:
@@ -57,6 +64,22 @@ def write_settings(settings: config.Train, folder: pathlib.Path, store: Checkpoi
         runs.write_text(folder / "config.json", config.to_json(dataclasses.replace(settings, scores=stored.scores)))
 
 
+def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> None:
+    """Make a run folder.   Raises: ValueError: a process that does not see it."""
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        runs.write_text(folder / "model.json", about)
+        runs.write_text(folder / "config.json", config.to_json(settings))
+
+    hosts.first(write)
+    blind = [i for i, seen in enumerate(hosts.share((folder / "config.json").is_file())) if not seen]
+    if blind:
+        raise ValueError(
+            f"{folder} is not seen by the processes {blind}; --run must lie on a disk that all of them share"
+        )
+
+
 def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any) -> Any:
     """The hook that draws the same samples at every interval into RUN/samples/."""
     shape, classes = build.shape_of(dataset), dataset.num_classes
@@ -65,7 +88,10 @@ def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoise
     labels = choose_labels(None, show, min(classes, columns) if classes and len(shape) == 3 else classes)
 
     def samples(step: int, state: Any) -> None:
-        guided = build.guided(denoiser(state), settings.sampler.guidance)
+        trained = denoiser(state)
+        if not hosts.leader():
+            return
+        guided = build.guided(trained, settings.sampler.guidance)
         x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, title=None)
         try:
             save_grid(folder / "samples" / f"step_{step:07d}.png", dataset.transform, x, columns)
@@ -78,8 +104,10 @@ def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoise
 def main(args: config.Train) -> int:
     """Run the command."""
     began = time.monotonic()
+    hosts.start(**dataclasses.asdict(args.hosts))  # before anything asks for the devices
     check.numbers(args)
     settings, folder, resume = resolve(args)
+    launch.report(folder)
     t = settings.training
     path = build.process(settings.process)  # names are looked up, and refused, before anything is loaded
     solver = build.solver(settings.sampler, path)
@@ -98,14 +126,13 @@ def main(args: config.Train) -> int:
     count = networks.parameter_count(params)
     store = CheckpointStore(folder / "checkpoints", best="loss", say=console.note)
     if resume:
-        write_settings(settings, folder, store)
+        hosts.first(lambda: write_settings(settings, folder, store))
     else:
-        folder.mkdir(parents=True, exist_ok=True)
-        runs.write_text(folder / "model.json", runs.describe(dataset, count))
-        runs.write_text(folder / "config.json", config.to_json(settings))
+        write_first(settings, folder, runs.describe(dataset, count))
+    processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.note(
         f"{folder}: {settings.model.network} with {count:,} parameters, {t.steps} steps of {t.batch_size} on "
-        f"{jax.device_count()} {jax.default_backend()} device(s)"
+        f"{jax.device_count()} {jax.default_backend()} device(s){processes}"
     )
     train_items = len(dataset.split("train"))
     console.note(f"{dataset.name}: {train_items} training items of shape {shape}; licence: {dataset.licence}")
@@ -117,7 +144,7 @@ def main(args: config.Train) -> int:
 
     def denoiser(state: Any) -> Any:
         params = state.params if weights is None else state.ema[weights]
-        return denoiser_of(jax.tree.map(lambda a: jnp.asarray(jax.device_get(a)), params))
+        return denoiser_of(jax.tree.map(jnp.asarray, hosts.gather(params)))
 
     draws = [Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver), "samples")]
     batches = data_.batches(
@@ -132,13 +159,23 @@ def main(args: config.Train) -> int:
             max_skipped=t.max_skipped,
         )  # fmt: skip
     if result.saved != result.step:
-        console.note(f"the last checkpoint on disk is step {result.saved}: {'; '.join(result.failures)}")
+        text = f"the last checkpoint on disk is step {result.saved}: {'; '.join(result.failures)}"
+        console.note(text, everywhere=True)
     if result.interrupted is not None:
         console.note(f"interrupted at step {result.step}; continue with: diffjax train --resume {folder}")
         return result.exit_code
-    if settings.scores:
-        found = evaluate.scores(denoiser(result.state), settings, dataset)
-        found |= {"step": result.step, "weights": weights or "params"}
+    trained = denoiser(result.state) if settings.scores else None
+    code = 0 if result.saved == result.step else 1
+    if hosts.leader():
+        finish(settings, folder, dataset, trained, {"step": result.step, "weights": weights or "params"})
+        console.show(f"run      {folder}  ({time.monotonic() - began:.0f} s)")
+    return max(hosts.share(code))  # those who have nothing to do at the end wait here
+
+
+def finish(settings: config.Train, folder: pathlib.Path, dataset: Any, trained: Any, about: dict) -> None:
+    """Scores of the trained model, and where everything lies."""
+    if trained is not None:
+        found = evaluate.scores(trained, settings, dataset) | about
         evaluate.save(found, folder / "metrics.json")
         evaluate.report(found)
         console.show(f"scores   {folder / 'metrics.json'}  (all of them: diffjax eval {folder} --all)")
@@ -146,5 +183,3 @@ def main(args: config.Train) -> int:
         console.show(f"loss     {drawn}")
     if grids := sorted((folder / "samples").glob("step_*.png")):
         console.show(f"grid     {grids[-1]}")
-    console.show(f"run      {folder}  ({time.monotonic() - began:.0f} s)")
-    return 0 if result.saved == result.step else 1

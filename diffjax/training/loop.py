@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 
 from diffjax.training import devices as devices_
+from diffjax.training import hosts
 from diffjax.training.ema import describe
 from diffjax.training.record import Recorder
 from diffjax.training.state import TrainState, abstract
@@ -22,7 +23,8 @@ from diffjax.training.store import CheckpointStore
 class Hook(NamedTuple):
     """Something to do every `every` steps and at the end.   call(step, state) -> dict of numbers to log, or None
 
-    The state is donated to the next step: a hook may use it while it runs, and must copy what it keeps.
+    The state is donated to the next step: a hook may use it while it runs, and must copy what it keeps. Every process
+    calls it, and must get the same numbers.
     """
 
     every: int
@@ -141,8 +143,9 @@ def fit(
     def due(every: int | None) -> bool:
         return every is not None and (step % every == 0 or step == steps)
 
+    stop = hosts.Stop()
     with recorder, _Signals() as signals:
-        while step < steps and signals.caught is None:
+        while step < steps and stop.asked(signals.caught) is None:
             marks = [every for every in (save_every, *(hook.every for hook in hooks)) if every]
             n = min([driver.per_dispatch, steps - step, *(every - step % every for every in marks)])
             chunk = [first] if first is not None else []
@@ -160,6 +163,7 @@ def fit(
                     numbers.update({k: v for k, v in found.items() if isinstance(v, (int, float))})
             if store is not None and save_every and due(save_every) and step < steps:
                 save()
+        interrupted = stop.settled(signals.caught)
         recorder.drain(finish=step == steps)
         diverged = recorder.consecutive >= max_skipped
         if store is not None and saved != step:
@@ -172,7 +176,7 @@ def fit(
             f"stopped at step {step}: the last {recorder.consecutive} updates had a loss or gradient that is not finite, "
             f"and were skipped. {kept}Lower the learning rate, clip the gradient, or look for NaN in the data"
         )
-    return FitResult(state, step, examples, signals.caught, saved, tuple(store.failures) if store else ())
+    return FitResult(state, step, examples, interrupted, saved, tuple(store.failures) if store else ())
 
 
 def _next(source: Iterator[Any], step: int, steps: int) -> Any:

@@ -62,7 +62,9 @@ class Recorder(contextlib.AbstractContextManager):
     def add(self, first: int, n: int, metrics: dict) -> None:
         """Queue the metrics of the steps after `first`; handle those that have arrived, and wait for very old ones."""
         self._queue.append((first, n, metrics))
-        while self._queue and (len(self._queue) > AHEAD or _arrived(self._queue[0][2])):
+        # Processes that stop after too many refused updates must see them at the same step, so that none looks ahead.
+        early = jax.process_count() == 1
+        while self._queue and (len(self._queue) > AHEAD or (early and _arrived(self._queue[0][2]))):
             self._take()
 
     def drain(self, *, finish: bool = False) -> None:

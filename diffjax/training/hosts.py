@@ -1,0 +1,262 @@
+"""Many processes as one computation: how they find each other, share small values, and stop at the same step.
+
+`start()` comes first, before any JAX computation; afterwards `jax.devices()` are those of all processes. Each process runs
+the same program on its own rows of the batch, and every function below but `detect` must be called by all of them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from diffjax.numerics import PyTree
+from diffjax.training.cluster import Settings, detect
+
+HEARTBEAT = 15  # seconds without a sign of life after which a process counts as lost; JAX's own 100 look like a hang
+PATIENCE = 300.0  # seconds that processes wait for each other at the start
+ASK_EVERY = 0.25  # seconds between two exchanges about stopping: one costs about a millisecond
+LATER = 2  # calls of the device between asking and reading the answer, so that nothing waits for it
+
+
+_joined: Settings | None = None  # what this process was started with
+
+
+def start(
+    coordinator: str | None = None,
+    processes: int | None = None,
+    process: int | None = None,
+    *,
+    environ: Mapping[str, str] | None = None,
+    heartbeat: int = HEARTBEAT,
+    patience: float = PATIENCE,
+) -> Settings | None:
+    """Join the other processes of the job. Before any JAX computation; a second call changes nothing.
+
+    A process that ends by an exception afterwards leaves without waiting for the others, who notice; otherwise each would
+    wait for the rest, for ever. On CPUs the processes exchange arrays over TCP (gloo).
+
+    Args: coordinator: "host:port" at which process 0 listens.   processes: how many.   process: which one, from 0.
+        environ: where the values not given come from (see `detect`), default `os.environ`.
+        heartbeat: seconds after which a silent process counts as lost; the others are then ended with SIGABRT.
+        patience: seconds to wait for the other processes.
+
+    Returns: the settings, or None for one process, where nothing is done.
+
+    Raises:
+        ValueError: arguments that are incomplete or out of range.
+        ConnectionError: nobody listens at the coordinator's address within `patience`, or something else does already.
+        RuntimeError: JAX has run something already.
+    """
+    global _joined
+    if _joined is not None or jax.distributed.is_initialized():
+        return _joined
+    given = {"coordinator": coordinator, "processes": processes, "process": process}
+    given = {name: value for name, value in given.items() if value is not None}
+    settings = None if len(given) == 3 else detect(os.environ if environ is None else environ)
+    if given:
+        settings = dataclasses.replace(settings or Settings(), **given)
+    if settings is None or settings.processes == 1:
+        return None
+    lacking = [name for name in ("coordinator", "processes", "process") if getattr(settings, name) is None]
+    if lacking and settings.source == "arguments":
+        raise ValueError(f"{' and '.join(lacking)} must be given with {', '.join(given)}, or by the environment")
+    _check_early()
+    _join(settings, heartbeat, patience)
+    _joined = settings
+    before = sys.excepthook
+
+    def leave_at_once(*error: Any) -> None:
+        before(*error)
+        leave(1)
+
+    sys.excepthook = leave_at_once
+    return settings
+
+
+def _join(settings: Settings, heartbeat: int, patience: float) -> None:
+    """`jax.distributed.initialize`, which ends the process where it should raise an error."""
+    # Its service would swallow a SIGTERM before training starts, and knows no Ctrl-C; `Stop` below does both.
+    jax.config.update("jax_enable_preemption_service", False)
+    began = time.monotonic()
+    options: dict[str, Any] = {}
+    if settings.coordinator is not None:
+        host, _, port = settings.coordinator.rpartition(":")
+        options = {"cluster_detection_method": "deactivate"}
+        alone = host in ("127.0.0.1", "localhost")
+        if alone:  # JAX would listen on every interface
+            options["coordinator_bind_address"] = f"127.0.0.1:{port}"
+        if settings.process == 0:
+            _claim("127.0.0.1" if alone else "", int(port))
+        else:
+            _reach(settings, host.strip("[]"), int(port), patience)
+
+    def give_up() -> None:
+        where = settings.coordinator or "the coordinator"
+        print(
+            f"process {settings.process} of {settings.processes} has waited {patience:g} seconds at {where} for the other "
+            "processes; start all of them, each with its own number and the same coordinator",
+            file=sys.stderr, flush=True,
+        )  # fmt: skip
+        os._exit(1)
+
+    timer = threading.Timer(max(patience - (time.monotonic() - began), 1.0), give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        jax.distributed.initialize(
+            settings.coordinator, settings.processes, settings.process,
+            local_device_ids=settings.devices, heartbeat_timeout_seconds=heartbeat,
+            initialization_timeout=int(patience) + 60, **options,
+        )  # fmt: skip
+    finally:
+        timer.cancel()
+
+
+def _check_early() -> None:
+    """Refuse to start after the first computation, before anybody is waited for."""
+    try:
+        jax.distributed.initialize(cluster_detection_method="deactivate")  # starts nothing: it lacks all it needs
+    except ValueError:
+        return
+    except RuntimeError:
+        raise RuntimeError("hosts.start() must come before the first JAX computation of the program") from None
+
+
+def _claim(host: str, port: int) -> None:
+    """Refuse a port that is taken: JAX would crash."""
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            listener.bind((host, port))
+        except OSError as error:
+            raise ConnectionError(
+                f"process 0 cannot listen at port {port} of this machine: {error}. Choose another port for the coordinator, "
+                "the same for all processes"
+            ) from None
+
+
+def _reach(settings: Settings, host: str, port: int, patience: float) -> None:
+    """Wait until someone listens at the coordinator's address: JAX would end this process instead of raising an error."""
+    end = time.monotonic() + patience
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=max(min(5.0, end - time.monotonic()), 0.1)).close()
+            return
+        except OSError as error:
+            if time.monotonic() > end:
+                raise ConnectionError(
+                    f"process {settings.process} of {settings.processes} could not reach the coordinator "
+                    f"{settings.coordinator} (from {settings.source}) within {patience:g} seconds: {error}. Check that "
+                    "process 0 runs there and that the port is open"
+                ) from None
+        time.sleep(0.2)
+
+
+def leader() -> bool:
+    """Whether this is process 0, which alone prints and writes; it starts no device."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
+
+
+def leave(code: int) -> None:
+    """End this process at once if it is one of several; the usual end would wait for the others. Else do nothing."""
+    if _joined is not None:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+
+
+def share(value: Any) -> list[Any]:
+    """The JSON-able `value` of every process, in their order; also a point that all of them must reach."""
+    if jax.process_count() == 1:
+        return [value]
+    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.int32(len(text)))
+    padded = np.zeros(int(2 ** np.ceil(np.log2(max(sizes.max(), 64)))), np.uint8)  # few sizes, few compilations
+    padded[: len(text)] = text
+    rows = multihost_utils.process_allgather(padded)
+    return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def first(call: Callable[[], Any]) -> Any:
+    """What `call()` gives on process 0, JSON-able, on every process; it is called there alone.
+
+    Raises: ValueError: on the others, when the call raised a ValueError or OSError on process 0.
+    """
+    if jax.process_count() == 1:
+        return call()
+    answer, failed = {}, None
+    if jax.process_index() == 0:
+        try:
+            answer["value"] = call()
+        except (ValueError, OSError) as error:
+            answer["error"], failed = str(error), error
+    answer = share(answer)[0]
+    if "error" in answer:
+        raise failed or ValueError(answer["error"])
+    return answer["value"]
+
+
+def gather(tree: PyTree) -> PyTree:
+    """Every leaf whole, as NumPy, on every process, however it was cut."""
+    whole = lambda a: not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
+    return jax.tree.map(lambda a: np.asarray(a if whole(a) else multihost_utils.process_allgather(a, tiled=True)), tree)
+
+
+class Stop:
+    """Whether any process was told to stop, known to all before the same call of the device.
+
+    The numbers of the signals go through a small all-reduce, sent before a call of the device and read `LATER` calls
+    afterwards, when it has long arrived. The slowest process's time per call, which travels with them, sets how many calls
+    pass before the next one, so that it happens about every `seconds`; at first more often, at most half as often each time.
+    """
+
+    def __init__(self, seconds: float = ASK_EVERY) -> None:
+        self.exchanges = 0
+        self._seconds, self._several = seconds, jax.process_count() > 1
+        self._calls = self._next = 0
+        self._sent: tuple[int, int, Any] | None = None  # call, calls that were timed, answer
+        self._mark = (time.perf_counter(), 0)
+        if self._several:
+            one_each = {d.process_index: d for d in reversed(jax.devices())}
+            grid = Mesh(np.array([one_each[p] for p in range(jax.process_count())]), ("process",))
+            self._rows = NamedSharding(grid, PartitionSpec("process"))
+            self._largest = jax.jit(lambda a: a.max(0), out_shardings=NamedSharding(grid, PartitionSpec()))
+
+    def asked(self, caught: int | None) -> int | None:
+        """The signal to obey, or None.   caught: the signal that this process got. Once before each call of the device."""
+        if not self._several:
+            return caught
+        found = None
+        if self._sent is not None and self._calls >= self._sent[0] + LATER:
+            _, timed, answer = self._sent
+            found, seconds = np.asarray(answer)
+            self._sent, self._next = None, self._calls + min(int(self._seconds / max(seconds, 1e-6)), 2 * timed)
+        if self._sent is None and self._calls >= self._next and not found:
+            now, (then, calls) = time.perf_counter(), self._mark
+            self._mark, timed = (now, self._calls), self._calls - calls
+            self._sent = (self._calls, timed, self._send(caught, (now - then) / max(timed, 1)))
+        self._calls += 1
+        return int(found) if found else None
+
+    def settled(self, caught: int | None) -> int | None:
+        """The signal on which all processes agree at the end, also one that came during the last calls."""
+        if not self._several:
+            return caught
+        return int(np.asarray(self._send(caught, 0.0))[0]) or None
+
+    def _send(self, caught: int | None, seconds: float) -> Any:
+        self.exchanges += 1
+        mine = np.array([[caught or 0, seconds]], np.float32)
+        return self._largest(jax.make_array_from_process_local_data(self._rows, mine))
