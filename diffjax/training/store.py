@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 
 from diffjax.numerics import PyTree
+from diffjax.training import hosts
 
 FORMAT = 1
 MANIFEST = "manifest.json"
@@ -158,7 +159,7 @@ class CheckpointStore:
         import orbax.checkpoint as ocp
 
         self.wait()
-        steps = self.steps()
+        steps = hosts.first(self.steps)
         if not steps:
             raise CheckpointError(f"no checkpoint in {self.directory}; train first, or give the folder of another run")
         if step is not None and step not in steps:
@@ -166,7 +167,7 @@ class CheckpointStore:
         template = jax.tree.map(_abstract_leaf, template)
         report: list[str] = []
         for candidate in [step] if step is not None else steps[::-1]:
-            problem = self.check(candidate, contents=verify)
+            problem = hosts.first(lambda c=candidate: self.check(c, contents=verify))  # all must choose the same step
             if problem is None:
                 try:
                     difference = _difference(self.page(candidate)["leaves"], outline(template))
@@ -262,10 +263,14 @@ class CheckpointStore:
 
     def _set_aside(self, step: int) -> None:
         """Move away what is in the place of `step` or after it: damaged, or an abandoned future. Nothing is deleted."""
-        stale = [s for s in self.steps() if s >= step]
-        if not stale or jax.process_index() != 0:
+        stale = hosts.first(lambda: [s for s in self.steps() if s >= step])
+        if not stale:
             return
         self._shut()
+        self._ours -= set(stale)
+        hosts.first(lambda: self._move(stale))
+
+    def _move(self, stale: list[int]) -> None:
         for s in stale:
             target = self.directory / "set_aside" / str(s)
             n = 1
@@ -273,7 +278,6 @@ class CheckpointStore:
                 target, n = self.directory / "set_aside" / f"{s}-{n}", n + 1
             target.parent.mkdir(exist_ok=True)
             shutil.move(self.directory / str(s), target)
-        self._ours -= set(stale)
         self._say(f"checkpoints {_words(stale)} belong to another course of the run: moved to {target.parent}")
 
     def _failed(self, error: Exception) -> None:
