@@ -26,9 +26,9 @@ def losses(folder):
     return [json.loads(line) for line in (pathlib.Path(folder) / "metrics.jsonl").read_text().splitlines()]
 
 
-def same_leaves(a, b, weights):
-    """The parameters of two runs are equal bit for bit."""
+def same_leaves(a, b, weights, **tolerance):
+    """The parameters of two runs are equal: bit for bit, or to a tolerance."""
     a, b = (diffjax.load(folder, weights=weights) for folder in (a, b))
     assert a.step == b.step
     for u, v in zip(jax.tree.leaves(a.denoiser.leaves), jax.tree.leaves(b.denoiser.leaves), strict=True):
-        assert np.array_equal(u, v)
+        assert np.allclose(u, v, **tolerance) if tolerance else np.array_equal(u, v)

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import shlex
 import signal
 import subprocess
 import sys
@@ -130,8 +131,13 @@ def launch(n, per, plan, *folders):
     """The launcher with `n` processes of the program."""
     for folder in folders:
         folder.mkdir(exist_ok=True)
-    command = [sys.executable, "-m", "diffjax", "launch", "-n", str(n), "--devices-per-process", str(per), "--"]
-    command += [str(PROGRAM), json.dumps(plan), *map(str, folders)]
+    words = [str(PROGRAM), json.dumps(plan), *map(str, folders)]
+    return start(["launch", "-n", str(n), "--devices-per-process", str(per), "--", *words])
+
+
+def start(words):
+    """A command of diffjax in a process of its own."""
+    command = [sys.executable, "-m", "diffjax", *words]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, env=environment(), start_new_session=True, **pipes)
 
@@ -195,19 +201,50 @@ def wait_for(condition, child, seconds=120):
         time.sleep(0.05)
 
 
+def running(child, folder, steps):
+    """Wait until a run has logged so many steps."""
+    log = folder / "mesh.jsonl"
+    wait_for(lambda: log.exists() and log.read_text().count("\n") >= steps, child)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path, number):
-    plan = {"steps": 100_000, "layouts": ["mesh"], "slow": 0.02}
-    child = launch(2, 1, plan, tmp_path)
+def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
+    child = launch(2, 1, {"steps": 100_000, "layouts": ["mesh"], "slow": 0.02}, tmp_path)
     try:
-        wait_for(lambda: (tmp_path / "mesh.jsonl").exists() and len(losses(tmp_path, "mesh")) >= 6, child)
+        running(child, tmp_path, 6)
         sent = time.monotonic()
-        os.kill(int((tmp_path / "PID-1").read_text()), number)
-        finish(child, code=128 + number)
+        os.kill(int((tmp_path / "PID-1").read_text()), signal.SIGTERM)
+        finish(child, code=143)
     finally:
         child.kill()
     assert time.monotonic() - sent < 30
     a, b = (r["mesh"] for r in reports(tmp_path, 2))
-    assert a["step"] == b["step"] == a["saved"][-1] >= 6 and a["exit"] == b["exit"] == 128 + number
+    assert a["step"] == b["step"] == a["saved"][-1] >= 6 and a["exit"] == b["exit"] == 143
     assert a["params"] == b["params"] and len(a["indices"]) == len(b["indices"]) == a["step"]
+
+
+@pytest.mark.slow
+def test_a_killed_process_is_noticed_and_the_job_resumes(tmp_path):
+    """Without a word from JAX: the launcher says who died, and the same command goes on, to the very same parameters."""
+    folder, plain = tmp_path / "killed", tmp_path / "plain"
+    plan = {"steps": 24, "layouts": ["mesh"], "save_every": 4, "slow": 0.3}
+    child = launch(2, 1, plan, folder)
+    whole = launch(2, 1, plan | {"slow": 0}, plain)
+    try:
+        running(child, folder, 9)
+        sent = time.monotonic()
+        os.kill(int((folder / "PID-1").read_text()), signal.SIGKILL)
+        out, _ = child.communicate(timeout=60)
+        assert time.monotonic() - sent < 30 and child.returncode == 137
+    finally:
+        child.kill()
+    assert "process 1 of 2 was killed by SIGKILL; stopping the others" in out
+    assert "process 1 of 2 (pid " in out and "died first, after " in out and "process 0 of 2 ended with" in out
+    again = out.splitlines()[-1].removeprefix("resume with: diffjax ")
+    assert again.startswith("launch -n 2 --devices-per-process 1 -- ")
+    finish(whole)
+    finish(start(shlex.split(again)))
+    (killed, _), (plain, _) = reports(folder, 2), reports(plain, 2)
+    assert 4 <= len(plain["mesh"]["indices"]) - len(killed["mesh"]["indices"]) and killed["mesh"]["step"] == 24
+    assert killed["mesh"]["params"] == plain["mesh"]["params"]
+    assert losses(folder, "mesh") == losses(tmp_path / "plain", "mesh")
