@@ -12,7 +12,8 @@ from diffjax.training.loop import Diverged, FitResult, Hook, fit
 from diffjax.training.optimizer import adamw
 from diffjax.training.state import TrainState, abstract, init_state
 from diffjax.training.step import TrainStep, condition, make_train_step
-from diffjax.training.store import CheckpointError, CheckpointStore, Restored
+from diffjax.training.store import CheckpointError, CheckpointStore, Part, Restored
+from diffjax.training.weights import Weights, export_safetensors, load_safetensors
 
 __all__ = [
     "CheckpointError",
@@ -21,17 +22,21 @@ __all__ = [
     "Driver",
     "FitResult",
     "Hook",
+    "Part",
     "Restored",
     "TrainState",
     "TrainStep",
+    "Weights",
     "abstract",
     "adamw",
     "condition",
     "devices",
     "ema",
     "ema_update",
+    "export_safetensors",
     "fit",
     "init_state",
+    "load_safetensors",
     "make_train_step",
     "optimizer",
     "steps_per_dispatch",

@@ -1,15 +1,12 @@
 """Checkpoints: asynchronous and atomic through Orbax, with our own checksums, and a way back when one is damaged.
 
 A step is a folder with the state, a JSON page (position of the data iterator, examples seen, shapes of the state) and
-`manifest.json`: the SHA-256 of every file, written before the folder gets its final name. Without it, one flipped bit in
-a data file loads without an error.
+`manifest.json` (see `manifest`), written before the folder gets its final name.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import logging
 import math
 import pathlib
 import shutil
@@ -20,16 +17,12 @@ from typing import Any, NamedTuple
 import jax
 
 from diffjax.numerics import PyTree
-from diffjax.training import hosts
+from diffjax.training import files, manifest, partial
+from diffjax.training.agree import Barriers, agreed, shared
+from diffjax.training.manifest import CheckpointError, first_line
+from diffjax.training.partial import outline
 
-FORMAT = 1
-MANIFEST = "manifest.json"
-LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")  # top-level files that Orbax still touches after the manifest
 TEMPORARY = "*.orbax-checkpoint-tmp*"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that is missing, damaged, of another model, or written by a newer version."""
 
 
 class Restored(NamedTuple):
@@ -39,6 +32,17 @@ class Restored(NamedTuple):
     state: PyTree
     page: dict  # what `save` was given beside the state: data, examples, and the entries of extra
     report: tuple[str, ...]
+
+
+class Part(NamedTuple):
+    """Some of what a checkpoint holds.   `missing` kept the template's values, `unused` were saved but not asked for."""
+
+    step: int
+    tree: PyTree
+    page: dict
+    report: tuple[str, ...]
+    missing: tuple[str, ...]
+    unused: tuple[str, ...]
 
 
 class CheckpointStore:
@@ -52,6 +56,8 @@ class CheckpointStore:
         say: where messages go, default stderr.
 
     A save that fails (a full disk) is reported, kept in `failures` and leaves the earlier steps alone; it never raises.
+    With several processes every one calls every method, in the same order, on a folder that all of them see; process 0
+    alone moves, checks and names, all learn its verdict, and a save that fails on one has failed on all.
     """
 
     def __init__(
@@ -74,6 +80,7 @@ class CheckpointStore:
         self._saving: int | None = None  # the step in flight
         self._ours: set[int] = set()  # steps that this process wrote or restored
         self._manager = None
+        self._barriers: Barriers | None = None  # with several processes
 
     # ------------------------------------------------------------------------------------------------------- saving
 
@@ -92,13 +99,11 @@ class CheckpointStore:
         Args: data: the iterator's JSON-able position.   examples: seen so far.   extra: more entries of the JSON page.
         Returns: False if the save could not be started (reported). A failure in the background is reported by `wait`.
         """
-        import orbax.checkpoint as ocp
-
         self.wait()
-        if step in self._ours and step in self.steps():
+        if step in self._ours and step in shared(self.steps()):
             return True
         page = {
-            "format": FORMAT,
+            "format": manifest.FORMAT,
             "step": step,
             "examples": examples,
             "data": data,
@@ -106,25 +111,28 @@ class CheckpointStore:
             **(extra or {}),
         }
         self._saving = step
-        try:
-            self._set_aside(step)
-            numbers = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state), page=ocp.args.JsonSave(page))
-            if not self._open().save(step, args=args, metrics=numbers, force=True):
-                raise OSError("the checkpoint library refused the step")
-        except Exception as error:
-            self._failed(error)
-            return False
-        return True
+        problem = self._clear(step)
+        if problem is None:
+            try:
+                numbers = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
+                manager = self._open()
+                if self._barriers is not None:
+                    self._barriers.begin()
+                files.start(manager, step, state, page, numbers)
+            except Exception as error:
+                problem = first_line(error)
+            problem = agreed(problem)
+        if problem is not None:
+            self._failed(problem)
+        return problem is None
 
     def wait(self) -> bool:
         """Wait for the save in flight.   Returns: False if it failed (reported once, earlier steps are intact)."""
         if self._saving is None:
             return True
-        try:
-            self._open().wait_until_finished()
-        except Exception as error:
-            self._failed(error)
+        problem = agreed(self._finished())
+        if problem is not None:
+            self._failed(problem)
             return False
         self._ours.add(self._saving)
         self._saving = None
@@ -138,8 +146,12 @@ class CheckpointStore:
     def __enter__(self) -> CheckpointStore:
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self.close()
+    def __exit__(self, kind: Any, *_: Any) -> None:
+        if kind is not None and jax.process_count() > 1:  # the other processes may not be here: nothing to agree on
+            self._finished()
+            self._shut()
+        else:
+            self.close()
 
     # ---------------------------------------------------------------------------------------------------- restoring
 
@@ -156,67 +168,71 @@ class CheckpointStore:
             verify: check every file against its SHA-256 first.
         Raises: CheckpointError: nothing there, nothing undamaged, another model's state, or a newer format.
         """
-        import orbax.checkpoint as ocp
+        template = jax.tree.map(files.target, template)
 
-        self.wait()
-        steps = hosts.first(self.steps)
-        if not steps:
-            raise CheckpointError(f"no checkpoint in {self.directory}; train first, or give the folder of another run")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are {_words(steps)}")
-        template = jax.tree.map(_abstract_leaf, template)
-        report: list[str] = []
-        for candidate in [step] if step is not None else steps[::-1]:
-            problem = hosts.first(lambda c=candidate: self.check(c, contents=verify))  # all must choose the same step
-            if problem is None:
-                try:
-                    difference = _difference(self.page(candidate)["leaves"], outline(template))
-                    if not difference:
-                        args = ocp.args.Composite(state=ocp.args.StandardRestore(template), page=ocp.args.JsonRestore())
-                        found = self._open().restore(candidate, args=args)
-                except Exception as error:
-                    problem = f"it cannot be read ({_first_line(error)})"
-                else:
-                    if difference:
-                        raise CheckpointError(
-                            f"checkpoint {candidate} in {self.directory} holds another state; use the configuration "
-                            f"it was trained with.\n  {difference}"
-                        )
-                    self._ours = {s for s in self._ours if s < candidate} | {candidate}
-                    if report:
-                        self._say("\n".join([*report, f"continuing from checkpoint {candidate}"]))
-                    return Restored(candidate, found.state, dict(found.page), tuple(report))
-            report.append(f"checkpoint {candidate} in {self.directory} is damaged: {problem}")
-        others = [s for s in steps if s != step]
-        way_out = f"; the other steps are {_words(others)}" if others and step is not None else ""
-        raise CheckpointError("\n".join(report) + (way_out or "\nno undamaged checkpoint is left"))
+        def read(candidate: int, page: dict) -> PyTree:
+            difference = partial.difference(page["leaves"], outline(template))
+            if difference:
+                raise CheckpointError(
+                    f"checkpoint {candidate} in {self.directory} holds another state; use the configuration "
+                    f"it was trained with.\n  {difference}"
+                )
+            return files.read(self.directory / str(candidate) / "state", template)
+
+        found = self._newest(step, verify, read)
+        self._ours = {s for s in self._ours if s < found.step} | {found.step}
+        return found
+
+    def restore_part(
+        self,
+        template: PyTree,
+        part: str = "params",
+        step: int | None = None,
+        *,
+        renames: Mapping[str, str] | None = None,
+        strict: bool = True,
+        verify: bool = True,
+    ) -> Part:
+        """One part of the newest undamaged step (or of `step`), such as its parameters: no optimiser is needed.
+
+        Only the arrays of that part are read. The check of the files reads all of them once.
+
+        Args: template: arrays or `ShapeDtypeStruct`s in the shapes, dtypes and shardings wanted, of any mesh.
+            part: path of the part in the saved state: 'params', 'ema/NAME', 'opt_state', ...
+            renames: regular expression -> replacement on the saved paths inside the part, applied in turn.
+            strict: refuse arrays that are missing or left over; else they are listed in the result, and what is missing
+                keeps the values of the template.
+            verify: as for `restore`.
+
+        Floating-point arrays are converted to the dtypes of the template, everything else must be as it was saved.
+        Raises: CheckpointError: as `restore`; no such part; arrays that do not fit (see `partial.match`).
+        """
+        match = None
+
+        def read(candidate: int, page: dict) -> PyTree:
+            nonlocal match
+            start = f"{part.strip('/')}/"
+            saved = {name[len(start) :]: text for name, text in page["leaves"].items() if name.startswith(start)}
+            source = f"{start[:-1]} of checkpoint {candidate} in {self.directory}"
+            if not saved:
+                parts = sorted({"/".join(n.split("/")[: 2 if n.startswith("ema/") else 1]) for n in page["leaves"]})
+                raise CheckpointError(f"there is no {source}; it holds {', '.join(parts)}")
+            match = partial.match(saved, template, renames=renames, strict=strict, source=source)
+            leaves = dict(partial.named(template))
+            wanted = {start + old: files.target(leaves[new]) for new, old in match.found.items()}
+            arrays = files.read_some(self.directory / str(candidate) / "state", wanted)
+            new = [arrays[start + match.found[n]] if n in match.found else own for n, own in leaves.items()]
+            return jax.tree.unflatten(jax.tree.structure(template), new)
+
+        found = self._newest(step, verify, read)
+        return Part(found.step, found.state, found.page, found.report, match.missing, match.unused)
 
     def check(self, step: int, *, contents: bool = True) -> str | None:
         """What is wrong with the files of `step`, naming the first bad one, or None.
 
         Raises: CheckpointError: written in a newer format.
         """
-        folder = self.directory / str(step)
-        try:
-            manifest = json.loads((folder / MANIFEST).read_text())
-            files, version = dict(manifest["files"]), int(manifest["format"])
-        except FileNotFoundError:
-            return f"{MANIFEST} is missing"
-        except (ValueError, KeyError, TypeError, OSError) as error:
-            return f"{MANIFEST} cannot be read ({_first_line(error)})"
-        _check_format(version, folder)
-        for name, (size, digest) in files.items():
-            path = folder / name
-            if not path.is_file():
-                return f"{name} is missing"
-            if path.stat().st_size != size:
-                return f"{name} has {path.stat().st_size} bytes instead of {size}"
-            try:
-                if contents and _sha256(path) != digest:
-                    return f"{name} has changed since it was written (SHA-256 differs)"
-            except OSError as error:
-                return f"{name} cannot be read ({_first_line(error)})"
-        return None
+        return manifest.problem(self.directory / str(step), contents=contents)
 
     def page(self, step: int) -> dict:
         """The JSON page of `step`: data position, examples, shapes, and what else was saved."""
@@ -224,28 +240,57 @@ class CheckpointStore:
 
     # ----------------------------------------------------------------------------------------------------- internals
 
+    def _newest(self, step: int | None, verify: bool, read: Callable[[int, dict], PyTree]) -> Restored:
+        """What `read(step, page)` gives for the newest undamaged step, or for `step`."""
+        self.wait()
+        steps = shared(self.steps())
+        if not steps:
+            raise CheckpointError(f"no checkpoint in {self.directory}; train first, or give the folder of another run")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are {_words(steps)}")
+        report: list[str] = []
+        for candidate in [step] if step is not None else steps[::-1]:
+            verdict = shared(self._verdict(candidate, verify) if jax.process_index() == 0 else None)
+            if verdict["refused"]:
+                raise CheckpointError(verdict["refused"])
+            problem, page = verdict["problem"], verdict["page"]
+            if problem is None:
+                try:
+                    found = read(candidate, page)
+                except CheckpointError:  # it does not fit the template, as every process finds
+                    raise
+                except Exception as error:
+                    problem = f"it cannot be read ({first_line(error)})"
+                problem = agreed(problem)
+            if problem is None:
+                if report:
+                    self._tell("\n".join([*report, f"continuing from checkpoint {candidate}"]))
+                return Restored(candidate, found, page, tuple(report))
+            report.append(f"checkpoint {candidate} in {self.directory} is damaged: {problem}")
+        others = [s for s in steps if s != step]
+        way_out = f"; the other steps are {_words(others)}" if others and step is not None else ""
+        raise CheckpointError("\n".join(report) + (way_out or "\nno undamaged checkpoint is left"))
+
+    def _verdict(self, step: int, verify: bool) -> dict:
+        """The JSON page of a step, or what is wrong with it, or why it must not be read."""
+        verdict = {"problem": None, "page": None, "refused": None}
+        try:
+            verdict["problem"] = self.check(step, contents=verify)
+            if verdict["problem"] is None:
+                page = verdict["page"] = self.page(step)
+                manifest.check_format(page["format"], self.directory / str(step))
+        except CheckpointError as error:
+            verdict["refused"] = str(error)
+        except Exception as error:
+            verdict["problem"] = f"it cannot be read ({first_line(error)})"
+        return verdict
+
     def _open(self) -> Any:
         """The Orbax manager, made when first needed."""
         if self._manager is None:
-            import orbax.checkpoint as ocp
-            from orbax.checkpoint import checkpoint_managers as policies
-
-            logging.getLogger("absl").addFilter(_no_tracebacks)
-            latest, n_best, best = self._keep
-            score = lambda metrics: (metrics or {}).get(best, float("inf"))
-            # Orbax's own max_to_keep with best_fn deletes the newest step; and without best_fn it forgets the metrics.
-            keep = [policies.LatestN(latest)]
-            if n_best:
-                best_n = {"n": n_best, "get_metric_fn": score, "reverse": True}  # reverse: smaller is better
-                keep.append(policies.BestN(**best_n, keep_checkpoints_without_metrics=False))
-            options = ocp.CheckpointManagerOptions(
-                preservation_policy=policies.AnyPreservationPolicy(keep),
-                best_fn=score,
-                best_mode="min",
-                cleanup_tmp_directories=True,
-                async_options=ocp.AsyncOptions(post_finalization_callback=self._write_manifest),
-            )
-            self._manager = ocp.CheckpointManager(self.directory, options=options)
+            if jax.process_count() > 1:
+                self._barriers = Barriers()
+            self._manager = files.manager(self.directory, *self._keep, self._write_manifest, self._barriers)
         return self._manager
 
     def _write_manifest(self) -> None:
@@ -253,44 +298,62 @@ class CheckpointStore:
         if jax.process_index() != 0:
             return
         (folder,) = self.directory.glob(f"{self._saving}.{TEMPORARY[2:]}")
-        files = {
-            path.relative_to(folder).as_posix(): (path.stat().st_size, _sha256(path))
-            for path in sorted(folder.rglob("*"))
-            if path.is_file() and path.relative_to(folder).as_posix() not in LATER
-        }
-        manifest = {"format": FORMAT, "step": self._saving, "files": files}
-        (folder / MANIFEST).write_text(json.dumps(manifest, indent=1))
+        manifest.write(folder, self._saving)
 
-    def _set_aside(self, step: int) -> None:
-        """Move away what is in the place of `step` or after it: damaged, or an abandoned future. Nothing is deleted."""
-        stale = hosts.first(lambda: [s for s in self.steps() if s >= step])
-        if not stale:
-            return
-        self._shut()
-        self._ours -= set(stale)
-        hosts.first(lambda: self._move(stale))
+    def _clear(self, step: int) -> str | None:
+        """Make the folder, and move away what is in the place of `step` or after it: damaged, or an abandoned future.
 
-    def _move(self, stale: list[int]) -> None:
-        for s in stale:
-            target = self.directory / "set_aside" / str(s)
-            n = 1
-            while target.exists():
-                target, n = self.directory / "set_aside" / f"{s}-{n}", n + 1
-            target.parent.mkdir(exist_ok=True)
-            shutil.move(self.directory / str(s), target)
-        self._say(f"checkpoints {_words(stale)} belong to another course of the run: moved to {target.parent}")
+        Nothing is deleted.   Returns: what went wrong, or None.
+        """
+        stale = shared([s for s in self.steps() if s >= step])
+        problem = None
+        if stale:
+            self._shut()
+        if jax.process_index() == 0:
+            try:
+                self.directory.mkdir(parents=True, exist_ok=True)
+                for s in stale:
+                    target = self.directory / "set_aside" / str(s)
+                    n = 1
+                    while target.exists():
+                        target, n = self.directory / "set_aside" / f"{s}-{n}", n + 1
+                    target.parent.mkdir(exist_ok=True)
+                    shutil.move(self.directory / str(s), target)
+            except OSError as error:
+                problem = first_line(error)
+        problem = agreed(problem)
+        if stale and problem is None:
+            self._ours -= set(stale)
+            aside = self.directory / "set_aside"
+            self._tell(f"checkpoints {_words(stale)} belong to another course of the run: moved to {aside}")
+        return problem
 
-    def _failed(self, error: Exception) -> None:
+    def _finished(self) -> str | None:
+        """Wait for the save in flight.   Returns: what went wrong on this process, or None."""
+        if self._saving is None or self._manager is None:
+            return None
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            return first_line(error)
+        return None
+
+    def _failed(self, problem: str) -> None:
         """Report a save that failed, remove what it left, and start afresh with the next one."""
         step, self._saving = self._saving, None
         self._shut()
-        for leftover in self.directory.glob(TEMPORARY):
-            shutil.rmtree(leftover, ignore_errors=True)
-        good = self.steps()
+        if jax.process_index() == 0:
+            for leftover in self.directory.glob(TEMPORARY):
+                shutil.rmtree(leftover, ignore_errors=True)
+        good = shared(self.steps())
         kept = f"the checkpoints {_words(good)} are intact" if good else "there is no earlier checkpoint"
-        message = f"checkpoint {step} could not be saved to {self.directory}: {_first_line(error)}; {kept}"
+        message = f"checkpoint {step} could not be saved to {self.directory}: {problem}; {kept}"
         self.failures.append(message)
-        self._say(message)
+        self._tell(message)
+
+    def _tell(self, text: str) -> None:
+        if jax.process_index() == 0:
+            self._say(text)
 
     def _shut(self) -> None:
         manager, self._manager = self._manager, None
@@ -301,57 +364,5 @@ class CheckpointStore:
                 self._closing_error = error
 
 
-def outline(state: PyTree) -> dict[str, str]:
-    """`path -> "dtype[shape]"` of every leaf.
-
-    Example:
-        >>> import numpy as np
-        >>> outline({"w": np.ones((2, 3), np.float32)})
-        {'w': 'float32[2,3]'}
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(state)[0]
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): f"{a.dtype}[{','.join(map(str, a.shape))}]"
-        for path, a in leaves
-    }
-
-
-def _difference(saved: dict[str, str], wanted: dict[str, str]) -> str:
-    """What differs, in a few lines. Found before loading: Orbax casts dtypes silently, and drowns the rest in noise."""
-    lines = [f"{name}: not saved, expected {wanted[name]}" for name in wanted if name not in saved]
-    lines += [f"{name}: saved as {saved[name]}, not expected" for name in saved if name not in wanted]
-    both = [name for name in wanted if name in saved and saved[name] != wanted[name]]
-    lines += [f"{name}: saved as {saved[name]}, expected {wanted[name]}" for name in both]
-    return "\n  ".join(lines[:6] + ([f"and {len(lines) - 6} more"] if len(lines) > 6 else []))
-
-
-def _abstract_leaf(a: Any) -> Any:
-    sharding = getattr(a, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding)
-
-
-def _check_format(version: int, folder: pathlib.Path) -> None:
-    if version > FORMAT:
-        raise CheckpointError(
-            f"the checkpoint {folder} has format {version}, written by a newer diffjax; this one reads format "
-            f"{FORMAT}. Update diffjax to use it"
-        )
-
-
-def _no_tracebacks(record: logging.LogRecord) -> bool:
-    """Drop the tracebacks that Orbax logs for failures which the store reports in one line."""
-    return not (record.exc_info and "orbax" in record.pathname)
-
-
-def _sha256(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _words(steps: list[int]) -> str:
     return ", ".join(map(str, steps))
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]

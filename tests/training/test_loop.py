@@ -14,8 +14,7 @@ import optax
 import pytest
 import toy
 
-from diffjax.training import CheckpointError, CheckpointStore, Diverged, Hook, devices, fit
-from diffjax.training import store as store_
+from diffjax.training import CheckpointError, CheckpointStore, Diverged, Hook, devices, fit, manifest
 from diffjax.training.record import AHEAD, Recorder
 
 QUIET = {"stream": io.StringIO(), "per_dispatch": 4}
@@ -250,7 +249,7 @@ def test_too_many_bad_updates_stop_with_the_last_good_state_saved(tmp_path):
 
 
 def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch):
-    whole, real, calls = train(8), store_._sha256, []
+    whole, real, calls = train(8), manifest.sha256, []
 
     def full(path):
         if "4.orbax" in str(path):
@@ -258,7 +257,7 @@ def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         return real(path)
 
-    monkeypatch.setattr(store_, "_sha256", full)
+    monkeypatch.setattr(manifest, "sha256", full)
     messages = []
     with contextlib.closing(CheckpointStore(tmp_path, say=messages.append)) as store:
         result = train(8, store=store, save_every=2)
@@ -271,14 +270,14 @@ def test_a_full_disk_does_not_stop_training(tmp_path, monkeypatch):
 def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
     with contextlib.closing(CheckpointStore(tmp_path, say=lambda text: None)) as store:
         train(2, store=store)
-        real = store_._sha256
+        real = manifest.sha256
 
         def full(path):
             if ".orbax" in str(path):
                 raise OSError(28, "No space left on device")
             return real(path)
 
-        monkeypatch.setattr(store_, "_sha256", full)
+        monkeypatch.setattr(manifest, "sha256", full)
         result = train(4, store=store, resume=True)
         assert result.step == 4 and result.saved == 2 and len(result.failures) == 1
         monkeypatch.undo()
