@@ -17,6 +17,7 @@ COMMANDS = {
     "launch": "train with several processes: `diffjax launch -n 4 -- train digits`",
     "sample": "draw samples of a run: a PNG grid and an .npz",
     "eval": "score a run's samples beside real data",
+    "export": "write the weights of a run to a safetensors file",
     "list": "show the methods: `diffjax list solvers`",
     "cite": "print BibTeX of methods",
     "data": "prepare a data set: `diffjax data prepare NAME`",
@@ -103,9 +104,17 @@ def _dispatch(argv: list[str]) -> int:
         close = difflib.get_close_matches(command, COMMANDS, 1)
         hint = f" Did you mean {close[0]}?" if close else ""
         raise ValueError(f"there is no command {command!r}.{hint} Commands are {', '.join(COMMANDS)}")
-    return {
-        "train": _train, "launch": _launch, "sample": _sample, "eval": _eval, "list": _list, "cite": _cite, "data": _data,
-    }[command](argv[1:])  # fmt: skip
+    commands = {
+        "train": _train,
+        "launch": _launch,
+        "sample": _sample,
+        "eval": _eval,
+        "export": _export,
+        "list": _list,
+        "cite": _cite,
+        "data": _data,
+    }
+    return commands[command](argv[1:])
 
 
 def _launch(argv: list[str]) -> int:
@@ -156,6 +165,12 @@ def _eval(argv: list[str]) -> int:
     from diffjax.cli import evaluate
 
     return evaluate.main(_parse(evaluate.Eval, "eval", argv))
+
+
+def _export(argv: list[str]) -> int:
+    from diffjax.cli import export
+
+    return export.main(_parse(export.Export, "export", argv))
 
 
 def _list(argv: list[str]) -> int:

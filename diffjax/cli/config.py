@@ -167,6 +167,8 @@ class Train:
     """run folder to continue; its options come from its config.json, only --training.steps may grow"""
     config: str | None = None
     """config.json (or run folder) to take the options from, for a new run"""
+    init: str | None = None
+    """weights to begin with, of RUN, RUN:ema_0.999, RUN:params or FILE.safetensors; the optimiser begins afresh"""
     seed: int = 0
     """of parameters, noise, order and splits of the data"""
     image_size: int | None = None

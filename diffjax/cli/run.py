@@ -25,7 +25,7 @@ import numpy as np
 from diffjax import networks, training
 from diffjax.cli import build, config
 from diffjax.data import DataTransform
-from diffjax.training import CheckpointStore
+from diffjax.training import CheckpointStore, partial
 from diffjax.types import Denoiser
 
 FORMAT = 1
@@ -174,6 +174,44 @@ def initial_parameters(settings: config.Train, shape: tuple[int, ...], num_class
     return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
 
 
+def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> tuple[str, training.Part]:
+    """The parameters of a run under that name ('ema' is the first average), and the name in full.
+
+    Raises: ValueError: unknown weights, no usable checkpoint.
+    """
+    settings, about = read(folder)
+    averages = tuple(build.averages(settings.training))
+    choices = (*averages, "params")
+    if weights is None or weights == "ema" and averages:
+        weights = choices[0]
+    if weights not in choices:
+        raise ValueError(f"weights must be one of {', '.join(choices)}; got {weights!r}")
+    check_steps(folder)
+    template = initial_parameters(settings, tuple(about["shape"]), about["num_classes"], fill=False)
+    part = weights if weights == "params" else f"ema/{weights}"
+    with CheckpointStore(folder / "checkpoints") as store:
+        return weights, store.restore_part(template, part, step)
+
+
+def start_from(source: str, template: Any) -> Any:
+    """The parameters of `source`, RUN or RUN:WEIGHTS or FILE.safetensors, for a new run of the same shapes.
+
+    Raises: ValueError: nothing there, or weights that do not fit, naming them.
+    """
+    path, colon, weights = source.rpartition(":")
+    if not colon or pathlib.Path(source).exists():
+        path, weights = source, None
+    try:
+        if path.endswith(".safetensors"):
+            return training.load_safetensors(path, template).params
+        name, found = weights_of(pathlib.Path(path), weights, None)
+        partial.match(partial.outline(found.tree), template, source=f"{name} of step {found.step} of {path}")
+    except ValueError as error:
+        reason = str(error).replace(partial.WAY_OUT, "\nuse the --model options and the kind of data of that run")
+        raise ValueError(f"--init {source}: {reason}") from None
+    return found.tree
+
+
 def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
     """A trained model from its run folder, which is self-contained.
 
@@ -186,20 +224,9 @@ def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int |
     folder = pathlib.Path(run)
     settings, about = read(folder)
     shape, classes = tuple(about["shape"]), about["num_classes"]
-    averages = build.averages(settings.training)
-    choices = (*averages, "params")
-    weights = weights or choices[0]
-    if weights not in choices:
-        raise ValueError(f"weights must be one of {', '.join(choices)}; got {weights!r}")
-    check_steps(folder)
-    params = initial_parameters(settings, shape, classes, fill=False)
-    optimizer = build.optimiser(settings.training)[0]
-    template = jax.eval_shape(lambda p: training.init_state(p, optimizer, 0, emas=averages), params)
-    with CheckpointStore(folder / "checkpoints") as store:
-        restored = store.restore(template, step)
-    chosen = restored.state.params if weights == "params" else restored.state.ema[weights]
+    weights, found = weights_of(folder, weights, step)
     made = build.model(settings, shape, classes, training=False)
     return Run(
-        made(chosen), DataTransform.from_dict(about["transform"]), shape, classes,
-        tuple(about["labels"]) if about["labels"] else None, settings, restored.step, folder, weights,
+        made(found.tree), DataTransform.from_dict(about["transform"]), shape, classes,
+        tuple(about["labels"]) if about["labels"] else None, settings, found.step, folder, weights,
     )  # fmt: skip

@@ -122,7 +122,10 @@ def main(args: config.Train) -> int:
         emas=averages, accumulate=t.accumulate, learning_rate=schedule,
         augment=None if t.augment == "none" else build.Augment(t.augment),
     )  # fmt: skip
-    params = runs.initial_parameters(settings, shape, classes, fill=not resume)
+    begun = resume or settings.init is not None  # the values come from elsewhere
+    params = runs.initial_parameters(settings, shape, classes, fill=not begun)
+    if settings.init is not None and not resume:
+        params = runs.start_from(settings.init, params)
     count = networks.parameter_count(params)
     store = CheckpointStore(folder / "checkpoints", best="loss", say=console.note)
     if resume:

@@ -13,6 +13,7 @@ from diffjax.numerics import PyTree
 from diffjax.training.manifest import CheckpointError
 
 SHOWN = 6  # lines of a list in a message
+WAY_OUT = "\nGive renames={pattern: replacement}, or strict=False to keep the values of the template"
 
 
 class Match(NamedTuple):
@@ -90,7 +91,7 @@ def match(
         wrong = [f"{name}: not saved, expected {wanted[name]}" for name in missing] + wrong
     if strict:
         wrong += [f"{name}: saved as {saved[name]}, not expected" for name in unused]
-        way_out = "\nGive renames={pattern: replacement}, or strict=False to keep the values of the template"
+        way_out = WAY_OUT
     if wrong:
         raise CheckpointError(f"{source} does not fit:\n  " + shorten(wrong) + way_out)
     return Match(found, missing, unused)

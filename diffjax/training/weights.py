@@ -38,7 +38,7 @@ def export_safetensors(
     Args:
         params: pytree of arrays, all of them on this process's devices.
         path: the file.
-        metadata: strings, or JSON-able values; `format` and `sha256` (of the arrays in the order of their names) join.
+        metadata: strings, or JSON-able values; `format` and `sha256` join.
         dtype: for floating-point arrays, such as `jnp.bfloat16`; default as they are. Others keep theirs.
 
     Raises: ValueError: no arrays; arrays that other processes hold; a dtype that is not floating point.
@@ -62,9 +62,10 @@ def export_safetensors(
         raise ValueError(
             f"{far[0]} and {len(far) - 1} more arrays lie on other processes; export from a checkpoint with one process"
         )
-    arrays = {name: np.ascontiguousarray(_cast(np.asarray(leaves[name]), dtype)) for name in sorted(leaves)}
+    arrays = {name: np.asarray(_cast(np.asarray(leaves[name]), dtype), order="C") for name in sorted(leaves)}
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
-    text |= {"format": str(FORMAT), "library": "diffjax", "sha256": _digest(arrays)}
+    text |= {"format": str(FORMAT), "library": "diffjax"}
+    text["sha256"] = _digest(arrays, text)
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -97,16 +98,17 @@ def load_safetensors(
     """
     path = pathlib.Path(path)
     with _opened(path) as file:
-        metadata, names = dict(file.metadata() or {}), sorted(file.keys())
-        own = metadata.get("library") == "diffjax"
-        if own and int(metadata["format"]) > FORMAT:
+        metadata = dict(file.metadata() or {})
+        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
+    if metadata.get("library") == "diffjax":
+        digest = metadata.pop("sha256", None)
+        if digest != _digest(arrays, metadata):
+            raise CheckpointError(f"{path} is damaged: it has changed since it was written (SHA-256 differs)")
+        if int(metadata["format"]) > FORMAT:
             raise CheckpointError(
                 f"{path} has format {metadata['format']}, written by a newer diffjax; this one reads format {FORMAT}. "
                 "Update diffjax to use it"
             )
-        arrays = {name: file.get_tensor(name) for name in names}
-    if own and _digest(arrays) != metadata["sha256"]:
-        raise CheckpointError(f"{path} is damaged: its arrays have changed since they were written (SHA-256 differs)")
     if template is None:
         return Weights(arrays, metadata, (), ())
     match = partial.match(partial.outline(arrays), template, renames=renames, strict=strict, source=str(path))
@@ -142,10 +144,10 @@ def _cast(a: np.ndarray, dtype: Any) -> np.ndarray:
     return a if dtype is None or not jnp.issubdtype(a.dtype, jnp.floating) else a.astype(dtype)
 
 
-def _digest(arrays: Mapping[str, np.ndarray]) -> str:
-    """The SHA-256 of names, dtypes, shapes and values."""
-    found = hashlib.sha256()
+def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of names, dtypes, shapes and values, and of the metadata."""
+    found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
     for name, a in arrays.items():
         found.update(f"{name} {a.dtype} {a.shape}\n".encode())
-        found.update(np.ascontiguousarray(a).reshape(-1).view(np.uint8))
+        found.update(np.asarray(a, order="C").reshape(-1).view(np.uint8))
     return found.hexdigest()
