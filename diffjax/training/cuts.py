@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.extend import core
+from jax.extend.core.primitives import dot_general_p
 
 from diffjax.training.flops import count_product
 
@@ -59,7 +60,7 @@ class Follower:
             return [self.product(eqn, *cuts, times, passes, reduced)]
         elif inner is not None:
             inner = inner[0] if name == "cond" else inner
-            again = 2 if name in ("remat", "remat2", "checkpoint") else passes
+            again = 2 if "policy" in params and not keeps_products(params["policy"]) else passes
             return self.run(
                 getattr(inner, "jaxpr", inner), cuts[-len(getattr(inner, "jaxpr", inner).invars) :], times, again
             )
@@ -80,13 +81,13 @@ class Follower:
             if a[i] == b[j] or "model" in (a[i], b[j]):  # what is whole is sliced where it is, for nothing
                 sums |= {a[i] or b[j]} - {None}
             else:
-                a[i], b[j] = self.gathered(left, a, i, times), self.gathered(right, b, j, times)
+                a[i], b[j] = self.gathered(left, a, i, times, passes), self.gathered(right, b, j, times, passes)
         batch = [a[i] or b[j] for i, j in zip(batch_a, batch_b, strict=True)]
         free_a = [i for i in range(len(a)) if i not in over_a and i not in batch_a]
         free_b = [j for j in range(len(b)) if j not in over_b and j not in batch_b]
         for j in free_b:
             if b[j] is not None and b[j] in [*batch, *(a[i] for i in free_a)]:
-                b[j] = self.gathered(right, b, j, times)
+                b[j] = self.gathered(right, b, j, times, passes)
         cut = (*batch, *(a[i] for i in free_a), *(b[j] for j in free_b))
         out = eqn.outvars[0]
         for axis in sums:
@@ -102,13 +103,14 @@ class Follower:
         self.local += work / math.prod(self.sizes[axis] for axis in {*cut, *sums} - {None})
         return cut
 
-    def gathered(self, v: Any, cut: list, i: int, times: int) -> None:
-        """Gather axis i of an operand, in the forward pass and again in the backward pass; scatter its gradient."""
+    def gathered(self, v: Any, cut: list, i: int, times: int, passes: int) -> None:
+        """Gather axis i of an operand, if it is cut; over the sequence, its gradient is a sum that is scattered."""
         if cut[i] is not None:
             axis, rest = cut[i], tuple(c for k, c in enumerate(cut) if k != i)
             size = local_bytes(v, rest, self.sizes)
-            self.send("all-gather", axis, size, 2 * times)
-            self.send("reduce-scatter", axis, size, times)
+            self.send("all-gather", axis, size, times * passes)
+            if axis == "sequence":
+                self.send("reduce-scatter", axis, size, times)
 
     def summed(self, eqn: Any, cut: Cut, times: int, passes: int) -> Cut:
         """A reduction: over devices too where it runs over a cut axis."""
@@ -130,7 +132,7 @@ class Follower:
         for v, c in zip(eqn.invars, cuts, strict=True):
             if v.aval.shape != shape and len(c) == len(shape):
                 for i in [i for i, axis in enumerate(c) if axis not in (None, cut[i])]:
-                    self.gathered(v, list(c), i, times)
+                    self.gathered(v, list(c), i, times, passes)
         return once(cut)
 
     def scan(self, eqn: Any, cuts: list[Cut], times: int, passes: int) -> list[Cut]:
@@ -150,7 +152,7 @@ class Follower:
     def split(self, eqn: Any, cuts: list[Cut], times: int, passes: int) -> list[Cut]:
         """Pieces of a cut axis lie on other devices than they are needed on: the axis is gathered."""
         cut, i = list(cuts[0]), eqn.params["axis"]
-        self.gathered(eqn.invars[0], cut, i, times)
+        self.gathered(eqn.invars[0], cut, i, times, passes)
         return [tuple(None if j == i else c for j, c in enumerate(cut))] * len(eqn.outvars)
 
     def reshape(self, eqn: Any, cuts: list[Cut], *_: int) -> list[Cut]:
@@ -200,6 +202,12 @@ MOVES = {
     ],
     **dict.fromkeys(("slice", "dynamic_slice", "concatenate", "pad", "rev", "dynamic_update_slice"), Follower.kept),
 }
+
+
+def keeps_products(policy: Any) -> bool:
+    """Whether a policy of `jax.checkpoint` keeps matrix products, and so their sums over devices."""
+    kept = policy is not None and policy(dot_general_p, dimension_numbers=(((1,), (0,)), ((), ())))
+    return kept is True or hasattr(kept, "src")
 
 
 def whole(v: Any) -> Cut:

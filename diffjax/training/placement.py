@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 
 from diffjax.numerics import PyTree
 from diffjax.training.layouts import AXES, Layout
@@ -38,7 +38,7 @@ def grid(layout: Layout, devices: Sequence[Any]) -> Mesh:
     return Mesh(np.array(devices).reshape(layout.shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
-def shardings(layout: Layout, mesh: Mesh, state: TrainState) -> PyTree:
+def shardings(layout: Layout, mesh: Mesh | AbstractMesh, state: TrainState) -> PyTree:
     """How every leaf of a state is cut: averages and moments like the parameter whose path and shape they have.
 
     Other leaves of the optimizer, such as factored moments, are cut along `fsdp` alone.

@@ -11,10 +11,13 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from jax.sharding import PartitionSpec
+import jax
+from jax.sharding import AbstractMesh, PartitionSpec
 
 from diffjax.numerics import PyTree
-from diffjax.training.layouts import Layout, shards
+from diffjax.training import placement
+from diffjax.training.layouts import AXES, Layout, shards
+from diffjax.training.placement import without_fsdp
 from diffjax.training.state import count_params
 from diffjax.training.traced import Trace, named, size_of, specs, trace
 
@@ -86,8 +89,9 @@ def plan(
         params: the parameters, arrays or `ShapeDtypeStruct`s.
         batch: the batch of one step over all devices, arrays or `ShapeDtypeStruct`s.
         layout: sizes of the mesh axes and the network's rules; `data` and `fsdp` share the batch.
-        parallel: `mesh`, where the compiler gathers parameters layer by layer and once more for the backward pass, or
-            `shard_map`, which gathers and holds them, and reduces the gradient, whole and once.
+        parallel: `mesh`, where the compiler gathers parameters layer by layer, and once more for the backward pass if
+            that recomputes or loops over layers, or `shard_map`, which gathers and holds them, and reduces the gradient,
+            whole and once.
         limit: bytes of memory of one device.
 
     Raises: ValueError: a batch that the layout does not divide; a `model` axis that no rule uses; a `sequence` axis that
@@ -150,38 +154,38 @@ def amount(size: int | float) -> str:
 def _plan(t: Trace, layout: Layout, limit: int | float | None) -> Plan:
     """The plan of a traced step on a layout."""
     state, step = t.state, t.train_step
-    known = specs(state.params, layout)
-    size = lambda tree: sum(_local(a, spec, layout) for a, spec in _laid_out(tree, layout, known))
-    parameters = size(state.params)
-    entire = sum(_local(a, without_fsdp(spec), layout) for a, spec in _laid_out(state.params, layout, known))
-    once = t.parallel == "shard_map" and layout.fsdp > 1
+    cut = placement.shardings(layout, AbstractMesh(layout.shape, AXES), state)
+    sizes = jax.tree.map(lambda a, s: _local(a, s.spec, layout), state, cut)
+    size = lambda tree: sum(jax.tree.leaves(tree))
+    parameters = size(sizes.params)
+    entire = size(jax.tree.map(lambda a, s: _local(a, without_fsdp(s.spec), layout), state.params, cut.params))
+    once = layout.fsdp > 1 and (t.parallel == "shard_map" or not t.again)
     memory = {
         "parameters": parameters,
-        "averages": size(state.ema),
-        "optimiser": size(state.opt_state),
+        "averages": size(sizes.ema),
+        "optimiser": size(sizes.opt_state),
         "gathered parameters": entire if once else 0,
         # While parts of a batch are added up, there is the sum and the gradient of a part.
-        "gradients": (entire if once else parameters) * (1 + (step.accumulate > 1)),
+        "gradients": (entire if t.parallel == "shard_map" else parameters) * (1 + (step.accumulate > 1)),
         "activations": t.kept + (t.copies if once else t.copies // layout.fsdp),
-        "batch and counters": t.per_device + size((state.step, state.key, state.skipped)),
+        "batch and counters": t.per_device + size((sizes.step, sizes.key, sizes.skipped)),
     }
     parts = layout.data * layout.fsdp
     share = t.follower.local / t.follower.whole if t.follower.whole else 1.0
     return Plan(
-        layout, t.batch, step.accumulate, count_params(state.params), memory, _collectives(t, layout, known), t.flops,
+        layout, t.batch, step.accumulate, count_params(state.params), memory, _collectives(t, layout), t.flops,
         t.executed, round(t.executed / parts * share), None if limit is None else int(limit),
     )  # fmt: skip
 
 
-def _collectives(t: Trace, layout: Layout, known: dict) -> tuple[Collective, ...]:
+def _collectives(t: Trace, layout: Layout) -> tuple[Collective, ...]:
     """What the devices send each other in a step."""
     found: list[Collective] = []
     parts = t.train_step.accumulate
     # The compiler gathers where parameters are used and reduces each part's gradient; `shard_map` does both once.
-    gathers, reduces = (1, 1) if t.parallel == "shard_map" else (2 * parts, parts)
-    leaves = [
-        (a, spec, t.types[path]) for (path, a), (_, spec) in zip(named(t.state.params), known.values(), strict=True)
-    ]
+    gathers, reduces = (1, 1) if t.parallel == "shard_map" else (parts * (1 + t.again), parts)
+    known = specs(t.state.params, layout)
+    leaves = [(a, known[path][1], t.types[path]) for path, a in named(t.state.params)]
     cut = [(a, spec, used) for a, spec, used in leaves if "fsdp" in spec]
     if cut:
         entire = [_local(a, without_fsdp(spec), layout) for a, spec, _ in cut]
@@ -214,28 +218,6 @@ def _fitting(t: Trace, layout: Layout, limit: int | float) -> Layout | None:
     return None
 
 
-def _laid_out(tree: PyTree, layout: Layout, known: dict) -> list[tuple[Any, PartitionSpec]]:
-    """Leaves and how they are cut: averages and moments like the parameter whose path and shape they have."""
-    plain = dataclasses.replace(layout, rules=())
-
-    def spec(path: str, a: Any) -> PartitionSpec:
-        parts = path.split("/")
-        ends = (known.get("/".join(parts[i:]), (None, None)) for i in range(len(parts)))
-        return next((spec for shape, spec in ends if shape == a.shape), None) or plain.spec(path, a.shape)
-
-    return [(a, spec(path, a)) for path, a in named(tree)]
-
-
 def _local(a: Any, spec: PartitionSpec, layout: Layout) -> int:
     """Bytes of a leaf on one device."""
     return size_of(a) // shards(spec, layout)
-
-
-def without_fsdp(spec: PartitionSpec) -> PartitionSpec:
-    """The cut of a leaf that is gathered along `fsdp`.
-
-    Example:
-        >>> without_fsdp(PartitionSpec("fsdp", "model"))
-        P(None, 'model')
-    """
-    return PartitionSpec(*[None if axis == "fsdp" else axis for axis in spec])

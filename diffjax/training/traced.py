@@ -32,6 +32,7 @@ class Trace:
     per_device: int  # bytes of the batch on one device
     kept: int  # bytes of what the backward pass reads, on one device
     copies: int  # the same of what depends on parameters alone, such as their copies in bfloat16
+    again: bool  # parameters are needed once more for the backward pass: it recomputes, or loops over layers
     follower: Follower
     types: dict[str, Any]  # path of a parameter -> dtype that it is used in
     scalars: tuple[int, ...]  # bytes of each metric
@@ -83,7 +84,7 @@ def trace(train_step: Any, params: PyTree, batch: Mapping[str, Any], layout: Lay
     over_all = lambda work: work[0] + (work[1] - work[0]) * (parts - 1)
     return Trace(
         train_step, parallel, state, size, sum(map(size_of, jax.tree.leaves(batch))) // (layout.data * layout.fsdp), kept,
-        lean.copies, follower, dict(zip(known, _used(forward, len(known)), strict=True)),
+        lean.copies, blocks > 0 or _loops(forward), follower, dict(zip(known, _used(forward, len(known)), strict=True)),
         tuple(max(v.aval.dtype.itemsize, 4) for v in forward.outvars), over_all(rich.work), over_all(lean.work),
     )  # fmt: skip
 
@@ -129,8 +130,8 @@ def _gradient(programs: list, n: int, cuts: list[Cut], sizes: Any) -> _Gradient:
     outs = Follower(sizes).run(one, cuts)
     kept, copies, seen = 0, 0, {id(v) for v in (*one.invars, *one.constvars)}
     for v, other, cut in list(zip(one.outvars, two.outvars, outs, strict=True))[:-n]:
-        if isinstance(v, core.Literal) or id(v) in seen:
-            continue
+        if isinstance(v, core.Literal) or id(v) in seen or v.aval.memory_space == jax.memory.Space.Host:
+            continue  # constants, what is there anyway, and what the host keeps
         seen.add(id(v))
         if v.aval.shape == other.aval.shape:
             copies += local_bytes(v, cut, sizes)
@@ -149,6 +150,16 @@ def _recomputed(jaxpr: core.Jaxpr) -> int:
         inner = [getattr(p, "jaxpr", p) for p in eqn.params.values() if isinstance(p, (core.Jaxpr, core.ClosedJaxpr))]
         total += eqn.params.get("length", 1) * sum(map(_recomputed, inner))
     return total
+
+
+def _loops(jaxpr: core.Jaxpr) -> bool:
+    """Whether matrix products are computed inside a loop, as of a stack of layers."""
+    for eqn in jaxpr.eqns:
+        inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
+        if inner is not None and flops.count_product(eqn):
+            if eqn.primitive.name == "scan" or _loops(getattr(inner, "jaxpr", inner)):
+                return True
+    return False
 
 
 def _used(jaxpr: core.Jaxpr, n: int) -> list[Any]:
