@@ -14,7 +14,7 @@ import numpy as np
 from diffjax import data as data_
 from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
 from diffjax.cli.config import Model, Objective, Path, Sampler, Train, Training
-from diffjax.training import ema, optimizer
+from diffjax.training import Layout, ema, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
 AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
@@ -84,6 +84,18 @@ class LabelsAlone:
             zeros = jnp.zeros((x.shape[0], self.vector), x.dtype)
             cond = {"vector": zeros} if cond is None else {"label": cond, "vector": zeros}
         return self.fn(params, x, t, cond, key)
+
+
+def layout(config: Training, module: Any, devices: int) -> Layout | None:
+    """How the devices of a run share the state and the batch, by the rules of its network; None with pmap.
+
+    Raises: ValueError: sizes that do not divide the devices.
+    """
+    sizes = config.layout
+    if config.parallel == "pmap":
+        return None
+    rules = networks.partition_rules(module)
+    return Layout(fsdp=sizes.fsdp, model=sizes.model, sequence=sizes.sequence, rules=rules).over(devices)
 
 
 READERS = {

@@ -46,6 +46,9 @@ RULES: dict[str, Rule] = {
     "training.clip": POSITIVE,
     "training.ema": (lambda v: all(0 <= b < 1 for b in v) and len(set(v)) == len(v), "different numbers in [0, 1)"),
     "training.accumulate": COUNT,
+    "training.layout.fsdp": COUNT,
+    "training.layout.model": COUNT,
+    "training.layout.sequence": COUNT,
     "training.per_dispatch": COUNT,
     "training.save_every": COUNT,
     "training.sample_every": COUNT,
@@ -83,7 +86,7 @@ def numbers(settings: Train) -> None:
         a, b = getattr(path, low), getattr(path, high)
         if a is not None and b is not None and a >= b:
             raise ValueError(f"{option('process.' + low)} must be below {option('process.' + high)}; got {a} and {b}")
-    devices = jax.device_count()
+    devices = layout(settings, jax.device_count())
     if t.batch_size % devices:
         near = max(1, round(t.batch_size / devices)) * devices
         raise ValueError(
@@ -94,6 +97,32 @@ def numbers(settings: Train) -> None:
             f"--training.batch-size {t.batch_size} does not divide into {devices} devices x --training.accumulate "
             f"{t.accumulate}; use a multiple of {devices * t.accumulate}"
         )
+
+
+def layout(settings: Train, devices: int) -> int:
+    """Refuse a layout that the devices or the network do not fit.   Returns: the parts of the batch.   Raises: ValueError."""
+    t, net = settings.training, settings.model
+    inside = t.layout.model * t.layout.sequence
+    product = t.layout.fsdp * inside
+    if devices % product:
+        raise ValueError(
+            f"--training.layout.fsdp {t.layout.fsdp} x model {t.layout.model} x sequence {t.layout.sequence} = {product} "
+            f"must divide the {devices} devices"
+        )
+    if product > 1 and t.parallel == "pmap":
+        raise ValueError(
+            "--training.parallel pmap keeps the whole state on every device; use mesh or shard_map with a layout"
+        )
+    if t.layout.sequence > 1 and net.network != "dit":
+        raise ValueError(
+            f"--training.layout.sequence {t.layout.sequence} needs --model.network dit, which has a sequence; "
+            f"got {net.network}"
+        )
+    if net.network == "dit" and net.heads % t.layout.model:
+        raise ValueError(
+            f"--training.layout.model {t.layout.model} must divide --model.heads {net.heads}, because a head is not cut"
+        )
+    return devices // inside
 
 
 def guidance(name: str, weight: float, num_classes: int | None, label_drop: float) -> None:

@@ -82,6 +82,18 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Layout:
+    """How the devices share model and batch; those left over by these three hold copies, which share the batch."""
+
+    fsdp: int = 1
+    """parts of every parameter, average and moment; they share the batch too"""
+    model: int = 1
+    """parts of the wide layers and the attention heads"""
+    sequence: int = 1
+    """parts of the sequence of patches (dit)"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Training:
     """Optimisation."""
 
@@ -111,6 +123,7 @@ class Training:
     """parts of the batch, to save memory"""
     parallel: Literal["mesh", "pmap", "shard_map"] = "mesh"
     """how several devices share the work; the numbers are the same"""
+    layout: Layout = dataclasses.field(default_factory=Layout)
     per_dispatch: int | None = None
     """steps for each call of the device; default by the size of the model"""
     save_every: int = 1000
@@ -190,7 +203,14 @@ class Train:
 PLACES = ("run", "resume", "config", "hosts")  # where, not what: not kept in config.json
 FREE = ("scores",)  # may differ between a run and its continuation without a trace
 OLDER = {("model.remat", True): "full", ("model.remat", False): "none"}  # values that earlier versions wrote
-EXTENDABLE = ("training.steps", "data_directory")  # may differ, and config.json follows
+EXTENDABLE = (  # may differ, and config.json follows
+    "training.steps",
+    "training.parallel",
+    "training.layout.fsdp",
+    "training.layout.model",
+    "training.layout.sequence",
+    "data_directory",
+)
 
 # The numbers of the digits job were measured: see "What the main job reaches" in the README.
 DIGITS = Train(

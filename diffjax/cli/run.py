@@ -163,15 +163,12 @@ def check_steps(folder: pathlib.Path) -> list[int]:
     return steps
 
 
-def initial_parameters(settings: config.Train, shape: tuple[int, ...], num_classes: int | None, fill: bool) -> Any:
-    """Fresh parameters of a run, or only their shapes as zeros."""
+def initialiser(settings: config.Train, shape: tuple[int, ...], num_classes: int | None) -> Callable[[Any], Any]:
+    """`key -> parameters` of a run, pure: `jax.eval_shape` of it gives their shapes without the numbers."""
     vector = build.vector_size(settings.training)
-    module = build.network(settings.model, shape, num_classes, vector)
+    fn = networks.from_linen(build.network(settings.model, shape, num_classes, vector))
     inputs = build.zeros(shape, num_classes, vector)
-    if fill:
-        return networks.initialise(module, jax.random.key(settings.seed), *inputs)
-    shapes = jax.eval_shape(lambda: module.init(jax.random.key(0), *inputs))["params"]
-    return jax.tree.map(lambda a: np.zeros(a.shape, a.dtype), shapes)
+    return lambda key: fn.init(key, *inputs)
 
 
 def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> tuple[str, training.Part]:
@@ -187,7 +184,7 @@ def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> t
     if weights not in choices:
         raise ValueError(f"weights must be one of {', '.join(choices)}; got {weights!r}")
     check_steps(folder)
-    template = initial_parameters(settings, tuple(about["shape"]), about["num_classes"], fill=False)
+    template = jax.eval_shape(initialiser(settings, tuple(about["shape"]), about["num_classes"]), jax.random.key(0))
     part = weights if weights == "params" else f"ema/{weights}"
     with CheckpointStore(folder / "checkpoints") as store:
         return weights, store.restore_part(template, part, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import pathlib
 import time
 from typing import Any
@@ -122,11 +123,16 @@ def main(args: config.Train) -> int:
         emas=averages, accumulate=t.accumulate, learning_rate=schedule,
         augment=None if t.augment == "none" else build.Augment(t.augment),
     )  # fmt: skip
-    begun = resume or settings.init is not None  # the values come from elsewhere
-    params = runs.initial_parameters(settings, shape, classes, fill=not begun)
+    init = runs.initialiser(settings, shape, classes)
+    shapes = jax.eval_shape(init, jax.random.key(settings.seed))
+    count = networks.parameter_count(shapes)
+    module = build.network(settings.model, shape, classes, build.vector_size(t))
+    layout = build.layout(t, module, jax.device_count())
+    if layout is not None:
+        training.layouts.check(layout, shapes)
+    start = functools.partial(training.init_sharded, init, optimizer, settings.seed, emas=averages)
     if settings.init is not None and not resume:
-        params = runs.start_from(settings.init, params)
-    count = networks.parameter_count(params)
+        start = training.init_state(runs.start_from(settings.init, shapes), optimizer, settings.seed, emas=averages)
     store = CheckpointStore(folder / "checkpoints", best="loss", say=console.note)
     if resume:
         hosts.first(lambda: write_settings(settings, folder, store))
@@ -156,9 +162,8 @@ def main(args: config.Train) -> int:
     )  # fmt: skip
     with store, batches:
         result = training.fit(
-            training.init_state(params, optimizer, settings.seed, emas=averages), train_step, batches, steps=t.steps,
-            parallel=t.parallel, per_dispatch=t.per_dispatch, store=store, save_every=t.save_every, resume=resume,
-            hooks=draws if drawable(shape) else [], log_every=t.log_every, metrics_file=folder / "metrics.jsonl",
+            start, train_step, batches, steps=t.steps, parallel=t.parallel, layout=layout, per_dispatch=t.per_dispatch, store=store,
+            save_every=t.save_every, resume=resume, hooks=draws if drawable(shape) else [], log_every=t.log_every, metrics_file=folder / "metrics.jsonl",
             max_skipped=t.max_skipped,
         )  # fmt: skip
     if result.saved != result.step:

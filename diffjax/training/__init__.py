@@ -5,12 +5,13 @@
 `fit(state, train_step, batches, steps=1000, store=CheckpointStore("run/checkpoints"))`.
 """
 
-from diffjax.training import devices, ema, optimizer
+from diffjax.training import devices, ema, layouts, optimizer
 from diffjax.training.devices import Driver, steps_per_dispatch
 from diffjax.training.ema import ema_update
+from diffjax.training.layouts import Layout
 from diffjax.training.loop import Diverged, FitResult, Hook, fit
 from diffjax.training.optimizer import adamw
-from diffjax.training.state import TrainState, abstract, init_state
+from diffjax.training.state import TrainState, abstract, init_sharded, init_state
 from diffjax.training.step import TrainStep, condition, make_train_step
 from diffjax.training.store import CheckpointError, CheckpointStore, Part, Restored
 from diffjax.training.weights import Weights, export_safetensors, load_safetensors
@@ -23,6 +24,7 @@ __all__ = [
     "FitResult",
     "Hook",
     "Part",
+    "Layout",
     "Restored",
     "TrainState",
     "TrainStep",
@@ -35,8 +37,10 @@ __all__ = [
     "ema_update",
     "export_safetensors",
     "fit",
+    "init_sharded",
     "init_state",
     "load_safetensors",
+    "layouts",
     "make_train_step",
     "optimizer",
     "steps_per_dispatch",

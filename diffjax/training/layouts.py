@@ -1,8 +1,8 @@
 """Layouts: how the axes of a mesh cut a training state, from sizes and rules alone, without devices.
 
 A `Layout` gives the sizes of the mesh axes. A leaf is cut along `model` by the rules of its network, then along `fsdp`
-on the longest axis that divides, the last one of several (the first is often one of layers); what no axis divides is whole everywhere. The same rules serve parameters, averages and
-moments, whose paths end alike.
+on the longest axis that divides, the last one of several because the first is often one of layers; what no axis divides
+is whole everywhere. The same rules serve parameters, averages and moments, whose paths end alike.
 """
 
 from __future__ import annotations
@@ -13,7 +13,10 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 from jax.sharding import PartitionSpec
+
+from diffjax.numerics import PyTree
 
 AXES = ("data", "fsdp", "model", "sequence")
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -108,6 +111,12 @@ class Layout:
             if count == 1:
                 parts[i] = None
         return parts
+
+
+def check(layout: Layout, params: PyTree) -> None:
+    """Refuse a layout whose rules do not fit the shapes of parameters.   Raises: ValueError, as `Layout.spec`."""
+    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
+        layout.spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
 
 
 def shards(spec: PartitionSpec, layout: Layout) -> int:

@@ -15,6 +15,7 @@ import jax
 from diffjax.training import devices as devices_
 from diffjax.training import hosts
 from diffjax.training.ema import describe
+from diffjax.training.layouts import Layout
 from diffjax.training.record import Recorder
 from diffjax.training.state import TrainState, abstract
 from diffjax.training.store import CheckpointStore
@@ -53,13 +54,14 @@ class Diverged(RuntimeError):
 
 
 def fit(
-    state: TrainState,
+    state: TrainState | Callable[[devices_.Driver], TrainState],
     train_step: Callable[..., tuple[TrainState, dict]],
     batches: Any,
     *,
     steps: int,
     parallel: str | Callable[..., devices_.Driver] = "mesh",
     devices: Sequence[Any] | None = None,
+    layout: Layout | None = None,
     per_dispatch: int | None = None,
     store: CheckpointStore | None = None,
     save_every: int | None = None,
@@ -74,13 +76,15 @@ def fit(
     """Train until `state.step == steps`.
 
     Args:
-        state: from `init_state`; it is copied, the caller's stays valid.
+        state: from `init_state`; it is copied, the caller's stays valid. Or a function of the driver, such as
+            `functools.partial(init_sharded, init, optimizer, key)`, so that no device ever holds it whole.
         train_step: from `make_train_step`.
         batches: iterator of dicts of arrays (the rows of this process) with `get_state()` and `set_state(state)`, a
             JSON-able position that every process shares; the caller closes it.
         steps: step at which to end, counted from the beginning of the run, not from a restored step.
         parallel: 'mesh', 'shard_map', 'pmap', or a function that makes a driver.
         devices: default all.
+        layout: how mesh and shard_map cut state and batch over them; default copies of the state.
         per_dispatch: most steps per call of the device; default by the size of the model.
         store: where to save every `save_every` steps and at the end.
         save_every: steps between checkpoints; default only at the end.
@@ -95,7 +99,7 @@ def fit(
     Returns: a `FitResult`; after Ctrl-C or SIGTERM (saved, `exit_code` 130 or 143) as after the last step.
 
     Raises:
-        ValueError: an argument out of range, or a batch that the devices do not divide.
+        ValueError: an argument out of range, a batch that the devices do not divide, or a layout that does not fit.
         CheckpointError: `resume` without a usable checkpoint.
         Diverged: too many refused updates in a row; the last good state is saved first.
     """
@@ -110,12 +114,18 @@ def fit(
     source = iter(batches)
     first = None  # a batch that was read to learn its size
     examples, page = 0, {}
-    make = lambda k: devices_.driver(parallel, train_step, devices=devices, per_dispatch=k)
+    laid_out = {} if layout is None else {"layout": layout}
+    make = lambda k: devices_.driver(parallel, train_step, devices=devices, per_dispatch=k, **laid_out)
+    born = callable(state)  # made for this driver, and for nobody else
 
     if resume:
-        restored = store.restore(abstract(state, make(1).shardings(state)))
+        shapes = jax.eval_shape(lambda: state(make(1))) if born else state
+        born = False
+        restored = store.restore(abstract(shapes, make(1).shardings(shapes)))
         state, page, examples = restored.state, restored.page, restored.page["examples"]
         batches.set_state(page["data"])
+    elif born:
+        state = state(make(1))
     start = step = int(state.step)
     if step < steps:
         position = batches.get_state()
@@ -123,7 +133,7 @@ def fit(
         size = devices_.check_batch(first, make(1).devices, getattr(train_step, "accumulate", 1)) * jax.process_count()
         per_dispatch = per_dispatch or devices_.steps_per_dispatch(state.params, size)
     driver = make(per_dispatch or 1)
-    state = driver.place(state)
+    state = state if born else driver.place(state)
 
     recorder = Recorder(
         start, steps, log_every=log_every, file=metrics_file, stream=stream or sys.stderr,

@@ -108,14 +108,15 @@ QUICK = {"xla_backend_optimization_level": 0}  # runs once: compiled without opt
 
 def _birth(init: Any, optimizer: Any, key: Any, names: Any) -> tuple[Callable[[Any], TrainState], np.ndarray]:
     """`(function of the raw key, raw key)`: NumPy, which every process may give to one program."""
-    key = jax.random.key(key) if isinstance(key, int) else key
-    implementation = jax.random.key_impl(key)
+    with jax.ensure_compile_time_eval():  # `fit` asks for the shapes alone, under `eval_shape`
+        key = jax.random.key(key) if isinstance(key, int) else key
+        implementation, raw = jax.random.key_impl(key), np.asarray(jax.random.key_data(key))
 
     def build(data: Any) -> TrainState:
         key = jax.random.wrap_key_data(data, impl=implementation)
         return _state(init(jax.random.clone(key)), optimizer, key, names)
 
-    return build, np.asarray(jax.random.key_data(key))
+    return build, raw
 
 
 def _state(params: PyTree, optimizer: optax.GradientTransformation, key: Any, names: Any) -> TrainState:

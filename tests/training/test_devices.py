@@ -11,8 +11,11 @@ import numpy as np
 import optax
 import pytest
 import toy
+from collectives import BATCH, DIT, SIDE, dit_parts
 from jax.sharding import PartitionSpec as P
 
+from diffjax import networks
+from diffjax.networks import DiT
 from diffjax.training import devices, fit, init_state, make_train_step
 from diffjax.training.layouts import Layout
 
@@ -142,8 +145,9 @@ def test_more_steps_per_dispatch_only_for_small_models():
 COLLECTIVES = pathlib.Path(__file__).parent / "collectives.py"
 
 
-def test_one_all_reduce_of_the_gradients_bytes_per_step():
-    """With the compiler's default flags, in a process of its own."""
+@pytest.fixture(scope="module")
+def report():
+    """What `collectives.py` finds with the compiler's default flags, in a process of its own."""
     out = subprocess.run(
         [sys.executable, str(COLLECTIVES)],
         capture_output=True,
@@ -152,11 +156,121 @@ def test_one_all_reduce_of_the_gradients_bytes_per_step():
         env=toy.clean_environment(fast=False),
     )
     assert out.returncode == 0, out.stderr
-    report = json.loads(out.stdout.splitlines()[-1])
-    assert set(report) == {"mesh-1", *(f"{name}-4" for name in devices.PARALLEL)}
-    for name, found in report.items():
-        assert found["count"] == 1, (name, found)
-        assert found["gradient"] <= found["bytes"] <= found["gradient"] + 2 * 4, (name, found)
+    return json.loads(out.stdout.splitlines()[-1])
+
+
+def test_one_all_reduce_of_the_gradients_bytes_per_step(report):
+    gradient = report["gradient"]
+    assert set(report["toy"]) == {"mesh-1", *(f"{name}-4" for name in devices.PARALLEL)}
+    for name, found in report["toy"].items():
+        assert set(found) == {"all-reduce"}, (name, found)
+        count, size = found["all-reduce"]
+        assert count == 1 and gradient <= size <= gradient + 2 * 4, (name, found)
+
+
+def test_accumulation_reduces_once_per_step_where_the_batch_is_cut_by_hand(report):
+    """`mesh` reduces in every part: what a loop carries cannot be a sum that the compiler has yet to take."""
+    for name, found in report["accumulate"].items():
+        count, size = found["messages"]["all-reduce"]
+        assert count == 1 and set(found["messages"]) == {"all-reduce"}
+        assert report["gradient"] <= size <= report["gradient"] + 2 * 4
+        assert found["in the loop"] == (1 if name == "mesh" else 0), (name, found)
+
+
+SCALAR = 4
+
+
+def dit_bytes(spec=lambda path, shape: True):
+    """Bytes of the transformer's parameters that `spec` chooses."""
+    params = dit_parts(depth=1)[1]
+    named = jax.tree_util.tree_flatten_with_path(params)[0]
+    path = lambda p: jax.tree_util.keystr(p, simple=True, separator="/")
+    return sum(a.nbytes for p, a in named if spec(path(p), a.shape))
+
+
+def leaves_cut(n):
+    """How many parameters have an axis that n divides, and their bytes."""
+    cut = lambda path, shape: any(size % n == 0 for size in shape)
+    return sum(any(s % n == 0 for s in a.shape) for a in jax.tree.leaves(dit_parts(depth=1)[1])), dit_bytes(cut)
+
+
+def test_fsdp_gathers_parameters_and_scatters_gradients_once(report):
+    """gather: bytes of the parameters;   scatter: of a device's part;   all-reduce: of what is not cut, and scalars."""
+    n, size = leaves_cut(8)
+    found = report["dit"]["fsdp"]
+    assert found["all-gather"] == [n, size] and found["reduce-scatter"] == [n, size // 8]
+    rest = dit_bytes() - size
+    count, reduced = found["all-reduce"]
+    assert rest <= reduced <= rest + SCALAR * (n + 4) and count <= 2  # loss and its aux; the norm, one number a leaf
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_data_and_fsdp_reduce_between_copies_only_the_part_of_a_device(report):
+    n, size = leaves_cut(4)
+    found = report["dit"]["data and fsdp"]
+    assert found["all-gather"] == [n, size] and found["reduce-scatter"] == [n, size // 4]
+    floor = size // 4 + dit_bytes() - size
+    assert floor <= found["all-reduce"][1] <= floor + SCALAR * (n + 4)
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
+
+
+def test_fsdp_by_the_compiler_moves_the_bytes_of_theory(report):
+    """On a CPU the compiler has no reduce-scatter and reduces whole gradients; GPUs and TPUs turn that into scatters.
+
+    Where a table is looked up it exchanges rows instead of gathering the table, which is less.
+    """
+    n, size = leaves_cut(8)
+    found = report["dit"]["fsdp by the compiler"]
+    ids = BATCH * 4  # the labels are told to all
+    table = 5 * DIT["width"] * 4
+    assert found["all-gather"][0] <= n and size - table <= found["all-gather"][1] <= size + ids
+    assert found["all-reduce"][1] <= dit_bytes() + SCALAR * (n + 4)
+    assert found.get("all-to-all", [0, 0])[1] <= table
+
+
+def test_tensor_parallelism_sends_two_sums_of_activations_per_block_and_direction(report):
+    """all-reduce over model: attention and MLP, forward and backward; the projection to q, k, v and the split send nothing."""
+    found = report["dit"]["model"]
+    b, tokens, d = BATCH // 4, (SIDE // DIT["patch"]) ** 2, DIT["width"]
+    layout = Layout(data=4, model=2, rules=networks.partition_rules(DiT()))
+    cut = dit_bytes(lambda path, shape: "model" in layout.spec(path, shape))
+    gradient = dit_bytes() - cut // 2
+    blocks = 4 * b * tokens * d * 4
+    code = (1 + 3) * b * d * 4  # of time forward; its gradients from the two modulations, and through its hidden layer
+    low = gradient + blocks
+    assert low <= found["all-reduce"][1] <= low + code + SCALAR * 100, (found, low, code)
+    modulation = (6 + 2) * b * d * 4
+    assert found["all-gather"] == [2, modulation]  # one of the block, one of the output
+    assert set(found) == {"all-reduce", "all-gather"}
+
+
+def test_sequence_parallelism_gathers_keys_and_values(report):
+    """Gathered forward, summed backward; the gradient is summed along sequence, then along data, each its own message.
+
+    Two messages, because a weight's gradient sums over items and over tokens, two axes of one product, and the compiler
+    sends one message for each that is cut.
+    """
+    found = report["dit"]["sequence"]
+    b, tokens, d = BATCH // 4, (SIDE // DIT["patch"]) ** 2, DIT["width"]
+    kv = 2 * b * tokens * d * 4
+    assert found["all-gather"] == [2, kv]
+    gradient = dit_bytes()
+    assert gradient + kv <= found["all-reduce"][1] <= 2 * gradient + kv + SCALAR * 200
+    assert set(found) == {"all-reduce", "all-gather"}
+
+
+def test_all_axes_by_hand_and_by_the_compiler_together(report):
+    """FSDP of what tensor parallelism leaves to a device, and no message of parameters along `model`."""
+    found = report["dit"]["data, fsdp and model"]
+    layout = Layout(data=2, fsdp=2, model=2, rules=networks.partition_rules(DiT()))
+    own = 0
+    for path, a in jax.tree_util.tree_flatten_with_path(dit_parts(depth=1)[1])[0]:
+        spec = layout.spec(jax.tree_util.keystr(path, simple=True, separator="/"), a.shape)
+        own += ("fsdp" in spec) * a.nbytes // (2 if "model" in spec else 1)
+    modulation = (6 + 2) * BATCH // 4 * DIT["width"] * 4
+    assert found["all-gather"][1] == own + modulation
+    assert found["reduce-scatter"][1] == own // 2
+    assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
 
 
 TWO = pathlib.Path(__file__).parent / "two_processes.py"
