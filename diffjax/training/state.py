@@ -91,22 +91,22 @@ def init_sharded(
         >>> state.params["w"].shape
         (3,)
     """
-    build, data = _birth(init, optimizer, key, emas or ())
-    shardings = driver.shardings(jax.eval_shape(build, data))
-    return jax.jit(build, out_shardings=shardings, compiler_options=QUICK)(data)
+    build, data = birth(init, optimizer, key, emas or ())
+    if isinstance(jnp.zeros(()), jax.core.Tracer):  # under `eval_shape`: only shapes are asked for
+        return build(data)
+    return birth_program(build, data, driver)(data)
 
 
-def lower_init(init: Any, optimizer: Any, key: Any, driver: Any, *, emas: Any = None) -> Any:
-    """The lowered program of `init_sharded`, to inspect its memory."""
-    build, data = _birth(init, optimizer, key, emas or ())
+def birth_program(build: Callable[[Any], TrainState], data: Any, driver: Any) -> Any:
+    """`build`, compiled so that what it returns is laid out by `driver`."""
     shardings = driver.shardings(jax.eval_shape(build, data))
-    return jax.jit(build, out_shardings=shardings, compiler_options=QUICK).lower(data)
+    return jax.jit(build, out_shardings=shardings, compiler_options=QUICK)
 
 
 QUICK = {"xla_backend_optimization_level": 0}  # runs once: compiled without optimisation, many times faster
 
 
-def _birth(init: Any, optimizer: Any, key: Any, names: Any) -> tuple[Callable[[Any], TrainState], np.ndarray]:
+def birth(init: Any, optimizer: Any, key: Any, names: Any) -> tuple[Callable[[Any], TrainState], np.ndarray]:
     """`(function of the raw key, raw key)`: NumPy, which every process may give to one program."""
     with jax.ensure_compile_time_eval():  # `fit` asks for the shapes alone, under `eval_shape`
         key = jax.random.key(key) if isinstance(key, int) else key

@@ -1,7 +1,8 @@
 """Collectives of one training step under every driver, and of a sampler whose batch is cut over eight devices.
 
 Compiled in processes of their own: eight CPU devices and the compiler's default flags. One all-reduce of the gradient's
-bytes and a few scalars is expected of the step, nothing of the sampler.
+bytes and a few scalars is expected of a step that only shares the batch, a gather of the parameters and a scatter of the
+gradient of one with FSDP (see tests/training/test_messages.py for each layout), nothing of the sampler.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def run(quick: bool = False) -> dict[str, Any]:
     """Collectives of the sampler and, unless `quick`, of the training step."""
     report = {"sampler": child("-m", "experiments.benchmarks.collectives", "sampler")}
     if not quick:
-        report["train_step"] = child("tests/training/collectives.py")
+        report["train_step"] = child("tests/training/collectives.py", "layouts")
     return report
 
 

@@ -1,7 +1,11 @@
-"""The collectives of compiled training steps by kind, for every driver and layout. As a program: print them as JSON."""
+"""The collectives of compiled training steps by kind, for every driver and layout.
+
+As a program: print them as JSON, with `layouts` also those of a transformer in every layout.
+"""
 
 import json
 import re
+import sys
 
 import jax
 import numpy as np
@@ -67,10 +71,11 @@ def dit_step(net, optimizer):
 AVERAGE = {"average": ema.decay(0.9)}
 
 
-def of_dit(name, **sizes):
-    """Of the transformer of one block with SGD, whose state is small."""
+def of_dit(label):
+    """Of the transformer of one block with SGD, whose state is small, in one of `LAYOUTS`."""
     net, params, batch = dit_parts(depth=1)
     optimizer = optax.sgd(0.1)
+    name, sizes = LAYOUTS[label]
     layout = Layout(rules=networks.partition_rules(net), **sizes)
     driver = devices.driver(name, dit_step(net, optimizer), layout=layout, devices=jax.devices()[: layout.size])
     state = driver.place(init_state(params, optimizer, 0, emas=AVERAGE))
@@ -89,14 +94,14 @@ LAYOUTS = {
 
 def main():
     gradient = sum(leaf.nbytes for leaf in jax.tree.leaves(toy.params()))
-    report = {"gradient": gradient, "toy": {}, "accumulate": {}, "dit": {}}
+    report = {"gradient": gradient, "toy": {}, "accumulate": {}}
     for name in devices.PARALLEL:
         for per_dispatch in (1, 4) if name == "mesh" else (4,):
             report["toy"][f"{name}-{per_dispatch}"] = collectives(of_toy(name, per_dispatch))
         text = of_toy(name, accumulate=4)
         report["accumulate"][name] = {"messages": collectives(text), "in the loop": in_loops(text)}
-    for label, (name, sizes) in LAYOUTS.items():
-        report["dit"][label] = of_dit(name, **sizes)
+    if sys.argv[1:] == ["layouts"]:
+        report["dit"] = {label: of_dit(label) for label in LAYOUTS}
     print(json.dumps(report))
 
 
