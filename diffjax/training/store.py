@@ -79,6 +79,7 @@ class CheckpointStore:
         self._say = say or (lambda text: print(text, file=sys.stderr, flush=True))
         self._saving: int | None = None  # the step in flight
         self._ours: set[int] = set()  # steps that this process wrote or restored
+        self._damaged: set[int] = set()  # steps that were passed over
         self._manager = None
         self._barriers: Barriers | None = None  # with several processes
 
@@ -266,6 +267,7 @@ class CheckpointStore:
                 if report:
                     self._tell("\n".join([*report, f"continuing from checkpoint {candidate}"]))
                 return Restored(candidate, found, page, tuple(report))
+            self._damaged.add(candidate)
             report.append(f"checkpoint {candidate} in {self.directory} is damaged: {problem}")
         others = [s for s in steps if s != step]
         way_out = f"; the other steps are {_words(others)}" if others and step is not None else ""
@@ -301,32 +303,51 @@ class CheckpointStore:
         manifest.write(folder, self._saving)
 
     def _clear(self, step: int) -> str | None:
-        """Make the folder, and move away what is in the place of `step` or after it: damaged, or an abandoned future.
+        """Make the folder, and move away what is in the place of `step` or after it, and what is damaged.
 
+        Orbax reads the metrics of every step before it saves, and a damaged step would count as one that is kept.
         Nothing is deleted.   Returns: what went wrong, or None.
         """
-        stale = shared([s for s in self.steps() if s >= step])
-        problem = None
-        if stale:
-            self._shut()
+        told, problem = [], None
         if jax.process_index() == 0:
             try:
                 self.directory.mkdir(parents=True, exist_ok=True)
-                for s in stale:
-                    target = self.directory / "set_aside" / str(s)
-                    n = 1
-                    while target.exists():
-                        target, n = self.directory / "set_aside" / f"{s}-{n}", n + 1
-                    target.parent.mkdir(exist_ok=True)
-                    shutil.move(self.directory / str(s), target)
+                stale = [s for s in self.steps() if s >= step]
+                damaged = [s for s in self.steps() if s < step and self._is_damaged(s)]
+                for why, steps in {"belong to another course of the run": stale, "are damaged": damaged}.items():
+                    for s in steps:
+                        self._shut()
+                        self._move_aside(s)
+                    if steps:
+                        told.append((why, steps))
             except OSError as error:
                 problem = first_line(error)
-        problem = agreed(problem)
-        if stale and problem is None:
-            self._ours -= set(stale)
-            aside = self.directory / "set_aside"
-            self._tell(f"checkpoints {_words(stale)} belong to another course of the run: moved to {aside}")
+        problem, told = agreed(problem), shared(told)
+        for why, steps in told:
+            self._shut()
+            self._ours -= set(steps)
+            self._tell(f"checkpoints {_words(steps)} {why}: moved to {self.directory / 'set_aside'}")
         return problem
+
+    def _is_damaged(self, step: int) -> bool:
+        """Whether a step was found damaged, or has metrics that Orbax cannot read."""
+        if step in self._damaged or self._manager is not None:
+            return step in self._damaged
+        try:
+            return not isinstance(json.loads((self.directory / str(step) / "metrics" / "metrics").read_text()), dict)
+        except FileNotFoundError:
+            return False
+        except ValueError:
+            return True
+
+    def _move_aside(self, step: int) -> None:
+        target = self.directory / "set_aside" / str(step)
+        n = 1
+        while target.exists():
+            target, n = self.directory / "set_aside" / f"{step}-{n}", n + 1
+        target.parent.mkdir(exist_ok=True)
+        shutil.move(self.directory / str(step), target)
+        self._damaged.discard(step)
 
     def _finished(self) -> str | None:
         """Wait for the save in flight.   Returns: what went wrong on this process, or None."""

@@ -1,7 +1,7 @@
 """Faults, really injected into real runs: `python -m experiments.faults` prints a table of what was done and what held.
 
-Every module of this folder but `__main__` has `TITLE`, a line, and `run(folder, quick) -> Iterator[Row]`; `quick` injects few
-faults of every kind, for tests, and the whole thing what the table claims.
+Every module of this folder with a fault has `TITLE`, a line, and `run(folder, quick) -> Iterator[Row]`; `quick` injects
+few faults of every kind, for tests, and the whole thing what the table claims. `job` is the run that they share.
 """
 
 from __future__ import annotations

@@ -181,6 +181,17 @@ def test_a_state_restores_onto_another_number_of_devices(saved, states):
         driver.step(restored, [toy.batch(2)])
 
 
+@pytest.mark.parametrize("step", [1, 2])
+def test_damaged_metrics_of_a_kept_step_do_not_stop_later_saves(saved, states, step):
+    """Orbax reads the metrics of every step when it opens a folder, and refuses all saves if one is damaged."""
+    (saved / str(step) / "metrics" / "metrics").write_bytes(b"\xff")
+    store, messages = make_store(saved)
+    with store:
+        assert store.restore(states[0]).step == 3 - step
+        assert store.save(3, states[0], metrics={"loss": 2.0}) and store.wait() and not store.failures
+    assert f"checkpoints {step} are damaged: moved to" in messages[-1] and store.steps() == [3 - step, 3]
+
+
 def test_a_save_holds_the_values_of_its_moment_although_the_state_is_donated(tmp_path):
     state = jax.tree.map(lambda i: jnp.full((256, 1024), i, jnp.float32), {str(i): i for i in range(8)})
     bump = jax.jit(lambda s: jax.tree.map(lambda a: a + 100, s), donate_argnums=0)
