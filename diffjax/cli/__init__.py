@@ -18,6 +18,7 @@ COMMANDS = {
     "sample": "draw samples of a run: a PNG grid and an .npz",
     "eval": "score a run's samples beside real data",
     "export": "write the weights of a run to a safetensors file",
+    "ema": "make averages of any length from a run's snapshots: `diffjax ema RUN --sigma-rel 0.05`",
     "list": "show the methods: `diffjax list solvers`",
     "cite": "print BibTeX of methods",
     "data": "prepare a data set: `diffjax data prepare NAME`",
@@ -110,6 +111,7 @@ def _dispatch(argv: list[str]) -> int:
         "sample": _sample,
         "eval": _eval,
         "export": _export,
+        "ema": _ema,
         "list": _list,
         "cite": _cite,
         "data": _data,
@@ -171,6 +173,12 @@ def _export(argv: list[str]) -> int:
     from diffjax.cli import export
 
     return export.main(_parse(export.Export, "export", argv))
+
+
+def _ema(argv: list[str]) -> int:
+    from diffjax.cli import ema
+
+    return ema.main(_parse(ema.Ema, "ema", argv))
 
 
 def _list(argv: list[str]) -> int:

@@ -180,7 +180,8 @@ def optimiser(config: Training) -> tuple[Any, Any]:
 
 def averages(config: Training) -> dict[str, Any]:
     """The averages of parameters by name, the one for sampling first."""
-    return {f"ema_{beta}": ema.decay(beta, warmup=True) for beta in config.ema}
+    classic = {f"ema_{beta}": ema.decay(beta, warmup=True) for beta in config.ema}
+    return classic | {f"power_{width}": ema.power(width) for width in config.ema_power}
 
 
 @dataclasses.dataclass(frozen=True)

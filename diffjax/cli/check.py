@@ -45,6 +45,11 @@ RULES: dict[str, Rule] = {
     "training.weight_decay": NOT_NEGATIVE,
     "training.clip": POSITIVE,
     "training.ema": (lambda v: all(0 <= b < 1 for b in v) and len(set(v)) == len(v), "different numbers in [0, 1)"),
+    "training.ema_power": (
+        lambda v: all(0 < s <= 12**-0.5 for s in v) and len(set(v)) == len(v),
+        "different numbers in (0, 0.2886]",
+    ),
+    "training.snapshot_every": COUNT,
     "training.accumulate": COUNT,
     "training.layout.fsdp": COUNT,
     "training.layout.model": COUNT,

@@ -117,6 +117,12 @@ class Training:
     """largest norm of the gradient"""
     ema: tuple[float, ...] = (0.999,)
     """decays of the averaged parameters; the first is used for sampling"""
+    ema_power: tuple[float, ...] = ()
+    """relative widths of averages that grow with the run, such as 0.05 0.1; `diffjax ema` makes any other from them"""
+    snapshot_every: int | None = None
+    """steps between snapshots of those averages; default a 64th of all steps"""
+    snapshot_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """type of the snapshots on disk"""
     augment: Literal["none", "flip", "affine"] = "none"
     """affine tells the network what was done, and samples without it"""
     accumulate: int = 1

@@ -44,7 +44,7 @@ class Eval:
     guidance: float | None = None
     """weight of classifier-free guidance; 1 is the conditional model"""
     weights: str | None = None
-    """ema_0.999, ... or params; default the first average"""
+    """ema_0.999, ..., posthoc_0.07 (see `diffjax ema`) or params; default the first average"""
     checkpoint: int | None = None
     """step to load; default the newest"""
     seed: int = 1000

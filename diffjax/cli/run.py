@@ -6,6 +6,7 @@ RUN/checkpoints/  states, with checksums
 RUN/metrics.jsonl one line per log interval
 RUN/samples/      a PNG for each interval
 RUN/metrics.json  scores
+RUN/ema/          snapshots of averages, and averages made from them
 RUN/loss.png      the loss over time, where matplotlib is installed
 """
 
@@ -26,9 +27,11 @@ from diffjax import networks, training
 from diffjax.cli import build, config
 from diffjax.data import DataTransform
 from diffjax.training import CheckpointStore, partial
+from diffjax.training.tensors import SUFFIX, DamagedError, TensorFile
 from diffjax.types import Denoiser
 
 FORMAT = 1
+POSTHOC = "posthoc_"  # names of averages made after the run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +185,10 @@ def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> t
     if weights is None or weights == "ema" and averages:
         weights = choices[0]
     if weights not in choices:
-        raise ValueError(f"weights must be one of {', '.join(choices)}; got {weights!r}")
+        hint = f"; `diffjax ema {folder} --sigma-rel 0.07` makes others" if settings.training.ema_power else ""
+        raise ValueError(
+            f"weights must be one of {', '.join((*choices, *made_afterwards(folder)))}; got {weights!r}{hint}"
+        )
     check_steps(folder)
     template = jax.eval_shape(initialiser(settings, tuple(about["shape"]), about["num_classes"]), jax.random.key(0))
     part = weights if weights == "params" else f"ema/{weights}"
@@ -209,11 +215,36 @@ def start_from(source: str, template: Any) -> Any:
     return found.tree
 
 
+def made_afterwards(folder: pathlib.Path) -> list[str]:
+    """The names of the averages that `diffjax ema` has made of a run."""
+    return sorted(p.stem for p in (folder / "ema").glob(f"{POSTHOC}*{SUFFIX}"))
+
+
+def read_parameters(path: pathlib.Path, like: Any, step: int | None) -> tuple[Any, int]:
+    """`(parameters, step)` of a file that `diffjax ema` wrote.
+
+    Raises: ValueError: damaged, of another network, or of another step than the one asked for.
+    """
+    try:
+        file = TensorFile(path)
+        file.check()
+        found, at = file.tree(), int(file.meta["step"])
+    except (DamagedError, KeyError) as error:
+        raise ValueError(f"{error}; make it again with `diffjax ema {path.parent.parent}`") from None
+    if jax.tree.map(np.shape, found) != jax.tree.map(np.shape, like):
+        raise ValueError(f"{path} holds the parameters of another network than the run's config.json describes")
+    if step not in (None, at):
+        raise ValueError(
+            f"{path} is of step {at}; got --checkpoint {step}. Make another with `diffjax ema --step {step}`"
+        )
+    return found, at
+
+
 def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
     """A trained model from its run folder, which is self-contained.
 
-    Args: run: the folder.   weights: name of an average such as 'ema_0.999', or 'params'; default the first average.
-    step: which checkpoint, default the newest undamaged one.
+    Args: run: the folder.   weights: name of an average such as 'ema_0.999', of one that `diffjax ema` made such as
+    'posthoc_0.07', or 'params'; default the first average.   step: which checkpoint, default the newest undamaged one.
     Returns: a `Run`: `denoiser` (its condition is a label [B] where there are labels; `denoiser.null` hides it), `process`,
     `transform`, `labels`, `decode(x)`.
     Raises: ValueError: no run there, unknown weights, no usable checkpoint.
@@ -221,9 +252,14 @@ def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int |
     folder = pathlib.Path(run)
     settings, about = read(folder)
     shape, classes = tuple(about["shape"]), about["num_classes"]
-    weights, found = weights_of(folder, weights, step)
+    if weights is not None and weights.startswith(POSTHOC) and weights in made_afterwards(folder):
+        like = jax.eval_shape(initialiser(settings, shape, classes), jax.random.key(0))
+        params, step = read_parameters(folder / "ema" / f"{weights}{SUFFIX}", like, step)
+    else:
+        weights, found = weights_of(folder, weights, step)
+        params, step = found.tree, found.step
     made = build.model(settings, shape, classes, training=False)
     return Run(
-        made(found.tree), DataTransform.from_dict(about["transform"]), shape, classes,
-        tuple(about["labels"]) if about["labels"] else None, settings, found.step, folder, weights,
+        made(params), DataTransform.from_dict(about["transform"]), shape, classes,
+        tuple(about["labels"]) if about["labels"] else None, settings, step, folder, weights,
     )  # fmt: skip

@@ -46,7 +46,7 @@ class Sample:
     clip: float | None = None
     """clip the predicted data to this many standard deviations"""
     weights: str | None = None
-    """ema_0.999, ... or params; default the first average"""
+    """ema_0.999, ..., posthoc_0.07 (see `diffjax ema`) or params; default the first average"""
     checkpoint: int | None = None
     """step to load; default the newest"""
     seed: int = 0

@@ -16,10 +16,11 @@ from diffjax import networks, training
 from diffjax.cli import build, check, config, console, evaluate, launch, plot
 from diffjax.cli import run as runs
 from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
-from diffjax.training import CheckpointStore, Hook, hosts
+from diffjax.training import CheckpointStore, Hook, hosts, snapshots
 
 COLUMNS = 10  # of a grid of pictures, and its rows
 POINTS = 4096  # of a scatter plot
+SNAPSHOTS = 64  # of averages, over a run
 
 
 def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
@@ -155,15 +156,22 @@ def main(args: config.Train) -> int:
         params = state.params if weights is None else state.ema[weights]
         return denoiser_of(jax.tree.map(jnp.asarray, hosts.gather(params)))
 
-    draws = [Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver), "samples")]
+    hooks = []
+    if drawable(shape):
+        hooks.append(Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver), "samples"))
+    if t.ema_power:
+        every = t.snapshot_every or max(1, t.steps // SNAPSHOTS)
+        kept = snapshots.hook(folder / "ema", every, averages, dtype=t.snapshot_dtype, say=console.note)
+        hooks.append(kept)
     batches = data_.batches(
         dataset, "train", t.batch_size, seed=settings.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     with store, batches:
         result = training.fit(
-            start, train_step, batches, steps=t.steps, parallel=t.parallel, layout=layout, per_dispatch=t.per_dispatch, store=store,
-            save_every=t.save_every, resume=resume, hooks=draws if drawable(shape) else [], log_every=t.log_every, metrics_file=folder / "metrics.jsonl",
+            start, train_step, batches, steps=t.steps, parallel=t.parallel, layout=layout, per_dispatch=t.per_dispatch,
+            store=store, save_every=t.save_every, resume=resume, hooks=hooks, log_every=t.log_every,
+            metrics_file=folder / "metrics.jsonl",
             max_skipped=t.max_skipped,
         )  # fmt: skip
     if result.saved != result.step:
