@@ -148,6 +148,10 @@ PAPERS: dict[str, Paper] = {
                               "Differentiable Solver Search for Fast Diffusion Sampling"),
     "arXiv:2510.02390": Paper("Li, Zilai", 2025, "Hyperparameters are all you need: Using five-step inference for an original diffusion model "
                               "to generate images comparable to the latest distillation model"),
+    "arXiv:1812.06162": Paper("McCandlish, Sam and Kaplan, Jared and Amodei, Dario and OpenAI Dota Team", 2018,
+                              "An Empirical Model of Large-Batch Training"),
+    "arXiv:1705.07115": Paper("Kendall, Alex and Gal, Yarin and Cipolla, Roberto", 2018,
+                              "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"),
 }  # fmt: skip
 
 

@@ -12,7 +12,9 @@ from diffjax.losses.denoising import (
     score_matching,
     v_prediction,
 )
+from diffjax.losses.levels import ByNoiseLevel, by_noise_level, level_edges
 from diffjax.losses.likelihood import GaussianDecoder, LevelDecoder, discrete_bound, variational_bound
+from diffjax.losses.uncertainty import Uncertainty, uncertainty
 from diffjax.prediction import EdmTarget
 from diffjax.times import laws
 from diffjax.types import Card
@@ -40,8 +42,9 @@ COUPLINGS: dict[str, Card] = {
 }
 
 __all__ = [
-    "CATALOGUE", "COUPLINGS", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "check_batch", "check_labels",
-    "condition_noise", "denoising_loss", "discrete_bound", "error_scale", "exact", "flow_matching", "independent",
-    "k_nearest_noise", "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn",
-    "v_prediction", "variational_bound",
+    "CATALOGUE", "COUPLINGS", "ByNoiseLevel", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "Uncertainty",
+    "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound", "error_scale",
+    "exact", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
+    "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn", "uncertainty", "v_prediction",
+    "variational_bound",
 ]  # fmt: skip

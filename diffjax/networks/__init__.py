@@ -25,7 +25,7 @@ from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_
 from diffjax.networks.mlp import MLP
 from diffjax.networks.partition import constrain
 from diffjax.networks.presets import PRESETS, preset
-from diffjax.networks.taps import Tap, per_layer, tap_names, tapped
+from diffjax.networks.taps import Tap, magnitudes, per_layer, tap_names, tapped
 from diffjax.networks.unet import UNet
 from diffjax.types import Card
 
@@ -49,6 +49,7 @@ __all__ = [
     "from_nnx",
     "grid_positions",
     "initialise",
+    "magnitudes",
     "native",
     "null_condition",
     "parameter_count",

@@ -12,6 +12,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 from flax import traverse_util
 
 COLLECTION = "taps"
@@ -155,6 +156,21 @@ def tap_names(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str
     with nn.intercept_methods(interceptor):
         jax.eval_shape(lambda: apply(*args, **kwargs))
     return tuple(seen)
+
+
+def magnitudes(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str, jax.Array]:
+    """Root mean squares of the activations at every tap of `apply(*args, **kwargs)`.   {name: float []}
+
+    Example:
+        >>> import flax.linen as nn
+        >>> {name: float(v) for name, v in magnitudes(nn.Sequential([Tap()]).apply, {}, 3.0).items()}
+        {'layers_0': 3.0}
+    """
+    _, values = tapped(apply, read=tap_names(apply, *args, **kwargs))(*args, **kwargs)
+    square = lambda v: jnp.mean(jnp.square(jnp.asarray(v, jnp.float32)))
+    return {
+        name: jnp.sqrt(sum(map(square, jax.tree.leaves(v))) / len(jax.tree.leaves(v))) for name, v in values.items()
+    }
 
 
 def _layer(layers: dict[tuple, Any], path: tuple) -> Any:

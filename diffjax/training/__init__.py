@@ -5,7 +5,7 @@
 `fit(state, train_step, batches, steps=1000, store=CheckpointStore("run/checkpoints"))`.
 """
 
-from diffjax.training import devices, ema, layouts, optimizer
+from diffjax.training import devices, dynamics, ema, layouts, optimizer, posthoc, snapshots
 from diffjax.training.devices import Driver, steps_per_dispatch
 from diffjax.training.ema import ema_update
 from diffjax.training.layouts import Layout
@@ -33,6 +33,7 @@ __all__ = [
     "adamw",
     "condition",
     "devices",
+    "dynamics",
     "ema",
     "ema_update",
     "export_safetensors",
@@ -43,5 +44,7 @@ __all__ = [
     "layouts",
     "make_train_step",
     "optimizer",
+    "posthoc",
+    "snapshots",
     "steps_per_dispatch",
 ]

@@ -155,9 +155,10 @@ def shard_map(
     """
     layout, grid, shardings, put = _laid_out(devices, layout)
     gradients = lambda f: placement.spread(layout, grid, f)
+    options = {"shares": layout.data * layout.fsdp} if getattr(train_step, "noise_scale", False) else {}
 
     def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
-        return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients)
+        return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients, **options)
 
     return Driver(
         "shard_map", layout.data * layout.fsdp, per_dispatch, shardings, put,
@@ -185,7 +186,9 @@ def pmap(
         size = jax.tree.leaves(batches)[0].shape[1]
         items = jax.lax.axis_index("data") * size + jnp.arange(size, dtype=jnp.int32)
         reduce = lambda tree: jax.lax.pmean(tree, "data")
-        return _many(train_step, per_dispatch, state, batches, n, items=items, reduce=reduce)
+        noise = {"shares": len(devices), "total": len(devices) * size}
+        options = noise if getattr(train_step, "noise_scale", False) else {}
+        return _many(train_step, per_dispatch, state, batches, n, items=items, reduce=reduce, **options)
 
     call = jax.pmap(
         run, axis_name="data", in_axes=(None, 1, None), out_axes=None, donate_argnums=0, devices=devices,

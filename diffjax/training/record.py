@@ -14,6 +14,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from diffjax.training.dynamics import summarise
+
 AHEAD = 2  # calls of the device that may be unfinished before the loop waits: it bounds the memory of queued batches
 LATEST = ("learning_rate", "skipped", "consecutive")  # logged as they are at the end of a window, not as means
 
@@ -107,7 +109,8 @@ class Recorder(contextlib.AbstractContextManager):
             self._display.advance(self._seen)
 
     def _line(self, step: int, now: float) -> None:
-        self.means = {name: total / count for name, (total, count) in self._sums.items() if count}
+        means = {name: total / count for name, (total, count) in self._sums.items() if count}
+        self.means = summarise(means, max((count for _, count in self._sums.values()), default=0) * self._batch)
         self._sums = {}
         rate = (step - self._marked) / max(now - self._mark, 1e-9)
         self._mark, self._marked = now, step

@@ -19,6 +19,7 @@ import optax
 
 from diffjax import numerics as nu
 from diffjax.numerics import PyTree
+from diffjax.training.dynamics import gradient_noise
 from diffjax.training.ema import Ema, ema_update
 from diffjax.training.state import TrainState, plain_promotion, widen
 from diffjax.types import Denoiser
@@ -58,6 +59,8 @@ class TrainStep:
     learning_rate: Callable[[Any], Any] | None = None
     augment: Callable[[Any, Batch, Any], Batch] | None = None
     condition: Callable[[Batch], PyTree] = condition
+    monitor: Callable[[PyTree, PyTree, PyTree], dict] | None = None
+    noise_scale: bool = False
 
     def __call__(
         self,
@@ -66,10 +69,13 @@ class TrainStep:
         *,
         items: Any = None,
         reduce: Callable[[PyTree], PyTree] = identity,
+        shares: int = 1,
+        total: int | None = None,
         spread: Callable[[Callable], Callable] = identity,
     ) -> tuple[TrainState, dict]:
         """One step.   `items`: [B] global positions, default arange.   `reduce`: mean over devices, given by a driver.
-        `spread`: the function `augmented_gradients` as a driver runs it on many devices.
+        `spread`: the function `augmented_gradients` as a driver runs it on many devices.   `shares`: devices that take a
+        gradient each, over `total` examples together (default: this batch); for the gradient's noise.
 
         Returns: the next state and scalars: loss, grad_norm, learning_rate, skipped, consecutive, means of the aux.
         """
@@ -97,7 +103,14 @@ class TrainStep:
         if self.learning_rate is not None:
             with plain_promotion():
                 metrics["learning_rate"] = jnp.asarray(self.learning_rate(state.updates), jnp.result_type(float))
+        if self.noise_scale:
+            small = metrics.pop("part_norm_squared")
+            total = total or size
+            parts = gradient_noise(small, grad_norm**2, total // (shares * self.accumulate), total)
+            metrics["gradient_trace"], metrics["gradient_signal"] = parts
         params, ema, opt_state = new
+        if self.monitor is not None:
+            metrics |= self.monitor(state.params, grads, params)
         return TrainState(state.step + 1, params, ema, opt_state, state.key, skipped), metrics
 
     def updated(self, state: TrainState, grads: PyTree) -> tuple[PyTree, dict, PyTree]:
@@ -117,7 +130,14 @@ class TrainStep:
 
     def gradients(self, key: Any, params: PyTree, batch: Batch, items: Any) -> tuple[PyTree, dict]:
         """Gradient of the mean loss over `batch` and the mean scalars, in `accumulate` parts of equal size."""
-        grad = jax.grad(self._mean_loss, has_aux=True)
+        plain = jax.grad(self._mean_loss, has_aux=True)
+
+        def grad(*args: Any) -> tuple[PyTree, dict]:
+            grads, scalars = plain(*args)
+            if self.noise_scale:
+                scalars["part_norm_squared"] = optax.tree.norm(grads, squared=True)
+            return grads, scalars
+
         if self.accumulate == 1:
             return grad(params, key, batch, items)
         parts = jax.tree.map(self._split, (dict(batch), items))
@@ -161,6 +181,8 @@ def make_train_step(
     learning_rate: float | Callable[[Any], Any] | None = None,
     augment: Callable[[Any, Batch, Any], Batch] | None = None,
     condition: Callable[[Batch], PyTree] = condition,
+    monitor: Callable[[PyTree, PyTree, PyTree], dict] | None = None,
+    noise_scale: bool = False,
 ) -> TrainStep:
     """The training step.   p <- optimizer(mean_b grad loss_b(p)),  ema <- ema + weight (p - ema)
 
@@ -174,6 +196,9 @@ def make_train_step(
         learning_rate: the optimizer's rate or schedule, only to report it.
         augment: `(key, batch, items) -> batch` on the device; it may add condition fields.
         condition: `batch -> cond`.
+        monitor: `(params, grads, new params) -> scalars` to report, such as `dynamics.magnitudes`.
+        noise_scale: report the two parts of the gradient's noise scale (`dynamics.gradient_noise`), from the gradients of
+            the parts of a batch: needs accumulate >= 2, or `shard_map` or `pmap` on several devices.
 
     Returns: a pure `train_step(state, batch) -> (state, metrics)`.
     Raises: ValueError: accumulate < 1, or a loss that takes no `items`.
@@ -194,5 +219,6 @@ def make_train_step(
     if learning_rate is not None and not callable(learning_rate):
         learning_rate = optax.constant_schedule(learning_rate)
     return TrainStep(
-        model, loss, optimizer, tuple((emas or {}).items()), accumulate, guard, learning_rate, augment, condition
-    )
+        model, loss, optimizer, tuple((emas or {}).items()), accumulate, guard, learning_rate, augment, condition,
+        monitor, noise_scale,
+    )  # fmt: skip
