@@ -19,9 +19,21 @@ from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, 
 from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.dit import DiT
+from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions, sinusoids
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_blocks
+from diffjax.networks.magnitude import (
+    CosineAttention,
+    MPConv,
+    MPDense,
+    MPEmbedding,
+    mp_cat,
+    mp_fourier,
+    mp_silu,
+    mp_sum,
+    pixel_norm,
+)
 from diffjax.networks.mlp import MLP
 from diffjax.networks.partition import constrain
 from diffjax.networks.presets import PRESETS, preset
@@ -34,12 +46,18 @@ __all__ = [
     "Attention",
     "Condition",
     "Conv",
+    "CosineAttention",
     "DiT",
+    "EDM2MLP",
+    "EDM2UNet",
     "FromLinen",
     "FromNNX",
     "LabelEmbedding",
     "MLP",
     "PRESETS",
+    "MPConv",
+    "MPDense",
+    "MPEmbedding",
     "Tap",
     "TimeCode",
     "UNet",
@@ -50,12 +68,17 @@ __all__ = [
     "grid_positions",
     "initialise",
     "magnitudes",
+    "mp_cat",
+    "mp_fourier",
+    "mp_silu",
+    "mp_sum",
     "native",
     "null_condition",
     "parameter_count",
     "partition_rules",
     "per_layer",
     "preset",
+    "pixel_norm",
     "random_parameters",
     "read_condition",
     "sinusoids",
@@ -140,6 +163,6 @@ def random_parameters(module: nn.Module, x: Any, t: Any, cond: Any = None, *, se
         if name == "kernel":
             stacked = any(getattr(p, "key", None) == "blocks" for p in path)  # a leading axis of layers
             return (gain * z / math.sqrt(math.prod(a.shape[int(stacked) : -1]))).astype(a.dtype)
-        return (float(name == "scale") + 0.1 * z).astype(a.dtype)
+        return np.asarray(float(name == "scale") + 0.1 * z, a.dtype)
 
     return jax.tree_util.tree_map_with_path(leaf, shapes)
