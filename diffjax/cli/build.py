@@ -130,14 +130,25 @@ class ModelOf:
         )  # fmt: skip
 
 
-def model(config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool) -> ModelOf:
-    """How parameters become the denoiser of a run; while training, conditions are those of its batches."""
+def model(config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool) -> Any:
+    """How parameters become the denoiser of a run; while training, of `trained` parameters and its batches' conditions."""
     vector = vector_size(config.training)
     module = network(config.model, shape, num_classes, vector)
-    return ModelOf(
+    made = ModelOf(
         module, config.process, config.objective.prediction, num_classes, vector,
         dropout=training and config.model.dropout > 0, fields=training and vector > 0,
     )  # fmt: skip
+    return losses.uncertainty().model(made) if training and config.objective.uncertainty else made
+
+
+def trained(config: Objective, params: Any) -> Any:
+    """What is trained: the network's parameters, and beside them those of the learned uncertainty."""
+    return losses.uncertainty().init(params) if config.uncertainty else params
+
+
+def of_network(config: Objective, params: Any) -> Any:
+    """The network's parameters among those that are trained."""
+    return params["net"] if config.uncertainty else params
 
 
 def loss(config: Objective, num_classes: int | None) -> Any:
@@ -159,7 +170,13 @@ def loss(config: Objective, num_classes: int | None) -> Any:
         weight=weight,
         label_drop=config.label_drop if num_classes else 0.0,
         coupling=coupling if config.coupling == "independent" else coupling(),
+        log_variance=losses.log_variance_of_aux if config.uncertainty else None,
     )
+
+
+def logged(loss: Any, path: Process, bins: int) -> Any:
+    """The loss that also reports its mean at noise levels; itself for no bins."""
+    return losses.by_noise_level(loss, losses.level_edges(loss.times, path, bins)) if bins else loss
 
 
 def optimiser(config: Training) -> tuple[Any, Any]:

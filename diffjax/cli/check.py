@@ -59,6 +59,7 @@ RULES: dict[str, Rule] = {
     "training.sample_every": COUNT,
     "training.log_every": COUNT,
     "training.max_skipped": COUNT,
+    "training.loss_bins": (lambda v: v == 0 or 2 <= v <= 100, "0, or in 2..100"),
     "sampler.steps": COUNT,
     "sampler.guidance": FINITE,
     "sampler.seeds": COUNT,
@@ -87,6 +88,11 @@ def numbers(settings: Train) -> None:
             value = getattr(value, part)
         number(name, value, rule)
     path, t = settings.process, settings.training
+    if t.noise_scale and t.accumulate < 2 and (t.parallel == "mesh" or jax.device_count() == 1):
+        raise ValueError(
+            "--training.noise-scale compares gradients of parts of the batch; add --training.accumulate 2, or train by "
+            "shard_map or pmap on several devices"
+        )
     for low, high in (("sigma_min", "sigma_max"), ("beta_min", "beta_max")):
         a, b = getattr(path, low), getattr(path, high)
         if a is not None and b is not None and a >= b:

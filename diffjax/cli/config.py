@@ -79,6 +79,8 @@ class Objective:
     """how noise and data are paired"""
     label_drop: float = 0.1
     """share of the labels hidden while training, for guidance"""
+    uncertainty: bool = False
+    """divide the loss by its own learned size at every noise level"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +140,12 @@ class Training:
     """steps between pictures of samples"""
     log_every: int = 100
     """steps between lines of metrics.jsonl"""
+    loss_bins: int = 0
+    """bins of noise level, drawn equally often, whose loss is logged; 0 for none"""
+    noise_scale: bool = False
+    """log the noise scale of the gradient, the batch beyond which more items help little; needs accumulate >= 2"""
+    magnitudes: bool = False
+    """log root mean squares of weights, gradients and updates by layer, and of activations every sample_every steps"""
     max_skipped: int = 50
     """updates with NaN or infinity in a row at which to stop"""
 

@@ -167,11 +167,11 @@ def check_steps(folder: pathlib.Path) -> list[int]:
 
 
 def initialiser(settings: config.Train, shape: tuple[int, ...], num_classes: int | None) -> Callable[[Any], Any]:
-    """`key -> parameters` of a run, pure: `jax.eval_shape` of it gives their shapes without the numbers."""
+    """`key -> parameters` of all that a run trains, pure: `jax.eval_shape` of it gives their shapes without the numbers."""
     vector = build.vector_size(settings.training)
     fn = networks.from_linen(build.network(settings.model, shape, num_classes, vector))
     inputs = build.zeros(shape, num_classes, vector)
-    return lambda key: fn.init(key, *inputs)
+    return lambda key: build.trained(settings.objective, fn.init(key, *inputs))
 
 
 def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> tuple[str, training.Part]:
@@ -260,6 +260,6 @@ def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int |
         params, step = found.tree, found.step
     made = build.model(settings, shape, classes, training=False)
     return Run(
-        made(params), DataTransform.from_dict(about["transform"]), shape, classes,
+        made(build.of_network(settings.objective, params)), DataTransform.from_dict(about["transform"]), shape, classes,
         tuple(about["labels"]) if about["labels"] else None, settings, step, folder, weights,
     )  # fmt: skip

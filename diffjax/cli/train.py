@@ -12,15 +12,16 @@ import jax
 import jax.numpy as jnp
 
 from diffjax import data as data_
-from diffjax import networks, training
+from diffjax import networks, numerics, prediction, training
 from diffjax.cli import build, check, config, console, evaluate, launch, plot
 from diffjax.cli import run as runs
 from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
-from diffjax.training import CheckpointStore, Hook, hosts, snapshots
+from diffjax.training import CheckpointStore, Hook, dynamics, hosts, snapshots
 
 COLUMNS = 10  # of a grid of pictures, and its rows
 POINTS = 4096  # of a scatter plot
 SNAPSHOTS = 64  # of averages, over a run
+WATCHED = 64  # items on which activations are measured
 
 
 def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
@@ -103,6 +104,32 @@ def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoise
     return samples
 
 
+def activations(settings: config.Train, dataset: Any) -> Any:
+    """The hook that measures the activations at every tap of the network on the same noised items."""
+    shape, classes = build.shape_of(dataset), dataset.num_classes
+    vector = build.vector_size(settings.training)
+    net = networks.from_linen(build.network(settings.model, shape, classes, vector))
+    items = dataset.read("train", min(WATCHED, len(dataset.split("train"))))
+    path, times = build.process(settings.process), build.loss(settings.objective, classes).times
+    x0 = jnp.asarray(items["x"])
+    cond = {"label": items["label"]} if classes else {}
+    cond |= {"vector": jnp.zeros((len(x0), vector), x0.dtype)} if vector else {}
+
+    @jax.jit
+    def measure(params: Any) -> dict:
+        k_time, k_noise = jax.random.split(jax.random.key(settings.seed))
+        t = times(k_time, path, jnp.arange(len(x0)))
+        x = path.add_noise(x0, jax.random.normal(k_noise, x0.shape, x0.dtype), t)
+        x = numerics.scale(prediction.edm_scale(1.0)(path, t), x)
+        return networks.magnitudes(net, params, x, prediction.time_log_sigma(path, t), cond or None)
+
+    def hook(step: int, state: Any) -> dict:
+        params = hosts.gather(build.of_network(settings.objective, state.params))
+        return {f"activation_rms/{name}": float(v) for name, v in measure(params).items()}
+
+    return hook
+
+
 def main(args: config.Train) -> int:
     """Run the command."""
     began = time.monotonic()
@@ -120,13 +147,15 @@ def main(args: config.Train) -> int:
     shape, classes = build.shape_of(dataset), dataset.num_classes
     check.guidance("sampler.guidance", settings.sampler.guidance, classes, settings.objective.label_drop)
     train_step = training.make_train_step(
-        build.model(settings, shape, classes, training=True), build.loss(settings.objective, classes), optimizer,
+        build.model(settings, shape, classes, training=True),
+        build.logged(build.loss(settings.objective, classes), path, t.loss_bins), optimizer,
         emas=averages, accumulate=t.accumulate, learning_rate=schedule,
         augment=None if t.augment == "none" else build.Augment(t.augment),
+        monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
     )  # fmt: skip
     init = runs.initialiser(settings, shape, classes)
     shapes = jax.eval_shape(init, jax.random.key(settings.seed))
-    count = networks.parameter_count(shapes)
+    count = networks.parameter_count(build.of_network(settings.objective, shapes))
     module = build.network(settings.model, shape, classes, build.vector_size(t))
     layout = build.layout(t, module, jax.device_count())
     if layout is not None:
@@ -153,12 +182,14 @@ def main(args: config.Train) -> int:
     denoiser_of = build.model(settings, shape, classes, training=False)
 
     def denoiser(state: Any) -> Any:
-        params = state.params if weights is None else state.ema[weights]
+        params = build.of_network(settings.objective, state.params if weights is None else state.ema[weights])
         return denoiser_of(jax.tree.map(jnp.asarray, hosts.gather(params)))
 
     hooks = []
     if drawable(shape):
         hooks.append(Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver), "samples"))
+    if t.magnitudes:
+        hooks.append(Hook(t.sample_every, activations(settings, dataset), "activations"))
     if t.ema_power:
         every = t.snapshot_every or max(1, t.steps // SNAPSHOTS)
         kept = snapshots.hook(folder / "ema", every, averages, dtype=t.snapshot_dtype, say=console.note)
