@@ -5,7 +5,7 @@ __version__ = "0.1.0"
 import importlib
 from typing import Any
 
-from diffjax import guidance, losses, processes, solvers, starts, testing, times, types
+from diffjax import cooperation, experts, guidance, losses, processes, solvers, starts, testing, times, types
 from diffjax.adjoint import adjoint_sample
 from diffjax.guidance import chain
 from diffjax.likelihood import bits_per_dim, log_density
@@ -44,7 +44,9 @@ __all__ = [
     "adjoint_sample",
     "chain",
     "cite",
+    "cooperation",
     "denoiser",
+    "experts",
     "from_edm",
     "from_eps",
     "from_score",

@@ -152,6 +152,14 @@ PAPERS: dict[str, Paper] = {
                               "An Empirical Model of Large-Batch Training"),
     "arXiv:1705.07115": Paper("Kendall, Alex and Gal, Yarin and Cipolla, Roberto", 2018,
                               "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and Semantics"),
+    "arXiv:2312.16486": Paper(
+        "Lu, Guansong and Guo, Yuanfan and Han, Jianhua and Niu, Minzhe and Zeng, Yihan and Xu, Songcen and Huang, Zeyi and "
+        "Zhong, Zhao and Zhang, Wei and Xu, Hang", 2023,
+        "PanGu-Draw: Advancing Resource-Efficient Text-to-Image Synthesis with Time-Decoupled Training and Reusable Coop-Diffusion"),
+    "arXiv:2501.05450": Paper("McAllister, David and Tancik, Matthew and Song, Jiaming and Kanazawa, Angjoo", 2025,
+                              "Decentralized Diffusion Models"),
+    "arXiv:2510.03434": Paper("Jiang, Zhiying and Seraj, Raihan and Villagra, Marcos and Roy, Bidhan", 2025,
+                              "Paris: A Decentralized Trained Open-Weight Diffusion Model"),
 }  # fmt: skip
 
 

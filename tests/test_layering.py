@@ -27,6 +27,8 @@ ALLOWED = {
     "parallel": MIDDLE | {"solvers", "sampling"},
     "starts": MIDDLE,
     "likelihood": MIDDLE | {"losses"},
+    "experts": MIDDLE,
+    "cooperation": MIDDLE | {"losses"},
     "adjoint": MIDDLE | {"solvers", "sampling"},
     "testing": MIDDLE | {"solvers", "sampling"},
     "training": MIDDLE | {"losses"},

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import tyro
 
 from diffjax import networks, training
-from diffjax.cli import config, console
+from diffjax.cli import build, config, console
 from diffjax.cli import run as runs
 from diffjax.training import ema
 
@@ -48,6 +48,7 @@ def main(args: Export) -> int:
     """Run the command."""
     settings, about = runs.read(pathlib.Path(args.run))
     weights, found = runs.weights_of(pathlib.Path(args.run), args.weights, args.checkpoint)
+    found = found._replace(tree=build.of_network(settings.objective, found.tree))
     default = pathlib.Path(args.run) / "export" / f"{weights}-{found.step}.safetensors"
     path = training.export_safetensors(
         found.tree, default if args.out is None else args.out, describe(settings, about, found, weights),

@@ -1,6 +1,7 @@
 """Data sets, their transform to model coordinates, augmentation, endless batches, and pictures of samples."""
 
 from diffjax.data import augment, densities
+from diffjax.data.clusters import Clusters, clusters, label_clusters, load_clusters, restrict
 from diffjax.data.dataset import SPLITS, DataError, Dataset, DataTransform, from_arrays, split_indices
 from diffjax.data.images import grid, save_png, scatter
 from diffjax.data.pipeline import Batches, batches
@@ -10,16 +11,21 @@ __all__ = [
     "CATALOGUE",
     "SPLITS",
     "Batches",
+    "Clusters",
     "DataError",
     "DataTransform",
     "Dataset",
     "augment",
     "batches",
+    "clusters",
     "densities",
     "from_arrays",
     "grid",
+    "label_clusters",
     "load",
+    "load_clusters",
     "prepare",
+    "restrict",
     "save_png",
     "scatter",
     "split_indices",

@@ -14,6 +14,7 @@ from diffjax.losses.denoising import (
 )
 from diffjax.losses.levels import ByNoiseLevel, by_noise_level, level_edges
 from diffjax.losses.likelihood import GaussianDecoder, LevelDecoder, discrete_bound, variational_bound
+from diffjax.losses.routing import router_loss
 from diffjax.losses.uncertainty import Uncertainty, uncertainty
 from diffjax.prediction import EdmTarget
 from diffjax.times import laws
@@ -47,4 +48,8 @@ __all__ = [
     "exact", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
     "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn", "uncertainty", "v_prediction",
     "variational_bound",
+    "CATALOGUE", "COUPLINGS", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "check_batch", "check_labels",
+    "condition_noise", "denoising_loss", "discrete_bound", "error_scale", "exact", "flow_matching", "independent",
+    "k_nearest_noise", "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "router_loss", "score_matching",
+    "sinkhorn", "v_prediction", "variational_bound",
 ]  # fmt: skip

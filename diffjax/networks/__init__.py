@@ -17,6 +17,7 @@ import numpy as np
 from diffjax.networks import dit, mlp, unet
 from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.attention import Attention
+from diffjax.networks.classifier import Classifier
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
@@ -44,6 +45,7 @@ from diffjax.types import Card
 __all__ = [
     "CATALOGUE",
     "Attention",
+    "Classifier",
     "Condition",
     "Conv",
     "CosineAttention",

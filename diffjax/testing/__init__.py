@@ -14,6 +14,7 @@ from diffjax.testing.oracles import (
     ALL,
     Mixture,
     draw,
+    exact_router,
     flow,
     gaussian,
     log_density,
@@ -26,6 +27,6 @@ from diffjax.testing.oracles import (
 
 __all__ = [
     "ALL", "ContractError", "Mixture", "check_denoiser", "check_loss", "check_metric", "check_process", "check_solver",
-    "draw", "flow", "gaussian", "log_density", "measured_order", "mixture", "oracle", "posterior", "predict", "score",
-    "smooth_mixture",
+    "draw", "exact_router", "flow", "gaussian", "log_density", "measured_order", "mixture", "oracle", "posterior", "predict",
+    "score", "smooth_mixture",
 ]  # fmt: skip

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from diffjax.numerics import pytree_dataclass
+from diffjax.numerics import pytree_dataclass, static
 from diffjax.types import Denoiser, Evaluation, Prediction, Process
 
 ALL = -1  # the label that means "every component", the null condition of a mixture denoiser
@@ -180,10 +180,42 @@ def oracle(m: Mixture, process: Process) -> Denoiser:
     return Denoiser(leaves=m, process=process, null=ALL, apply=_apply)
 
 
+@pytree_dataclass
+class MixtureRouter:
+    """The posterior of the labels of a mixture as a router; see `exact_router`."""
+
+    mixture: Mixture
+    process: Any
+    count: int = static()
+
+    def __call__(self, x: Any, t: Any, cond: Any = None) -> jax.Array:
+        """`log p_t(label, x)`, [B, K]."""
+        log_joint = _project(self.mixture, self.process, x, t, None)[-1]
+        labels = jnp.asarray(self.mixture.labels)
+        mine = labels[None] == jnp.arange(self.count, dtype=labels.dtype)[:, None]  # [K, components]
+        return jax.scipy.special.logsumexp(jnp.where(mine[None], log_joint[:, None], -jnp.inf), axis=-1)
+
+
+def exact_router(m: Mixture, process: Process) -> MixtureRouter:
+    """The exact router of the clusters that the labels 0..K-1 of a mixture make.   softmax of log p_t(k, x_t), [B, K]
+
+    Its expert k is `oracle(m, process).bind(k)`. K, the largest label + 1, is static.
+
+    Example:
+        >>> from diffjax import processes
+        >>> r = exact_router(mixture([1, 3], [[-1.0], [1.0]], stds=[0.5, 0.5]), processes.rectified())
+        >>> jnp.round(jax.nn.softmax(r(jnp.zeros((1, 1)), 1.0)), 4).tolist()
+        [[0.25, 0.75]]
+    """
+    return MixtureRouter(m, process, int(np.max(m.labels)) + 1)
+
+
 __all__ = [
     "ALL",
     "Mixture",
+    "MixtureRouter",
     "draw",
+    "exact_router",
     "flow",
     "gaussian",
     "log_density",

@@ -22,6 +22,9 @@ LAWS = {
     "stratified": Card(
         lambda batch=64: laws.stratified(laws.uniform(), batch), "arXiv:2107.00630#App.I.1", "one per stratum"
     ),
+    "truncated": Card(
+        lambda low=0.25, high=0.75: laws.truncated(laws.logit_normal(), low, high), "arXiv:2312.16486", "in a range"
+    ),
     "log_snr": Card(laws.log_snr, "arXiv:2303.00848#Sec.2.2", "uniform in log-SNR"),
     "lognormal": Card(laws.lognormal, "arXiv:2206.00364#Table.1", "log(sigma / alpha) normal"),
     "logit_normal": Card(laws.logit_normal, "arXiv:2403.03206#Eq.19", "logit of time normal"),

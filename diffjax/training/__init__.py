@@ -8,6 +8,7 @@
 from diffjax.training import devices, dynamics, ema, layouts, optimizer, posthoc, snapshots
 from diffjax.training.devices import Driver, steps_per_dispatch
 from diffjax.training.ema import ema_update
+from diffjax.training.isolated import Isolated, fit_isolated, isolated
 from diffjax.training.layouts import Layout
 from diffjax.training.loop import Diverged, FitResult, Hook, fit
 from diffjax.training.optimizer import adamw
@@ -25,6 +26,7 @@ __all__ = [
     "Hook",
     "Part",
     "Layout",
+    "Isolated",
     "Restored",
     "TrainState",
     "TrainStep",
@@ -42,6 +44,9 @@ __all__ = [
     "init_state",
     "load_safetensors",
     "layouts",
+    "fit_isolated",
+    "init_state",
+    "isolated",
     "make_train_step",
     "optimizer",
     "posthoc",
