@@ -17,6 +17,7 @@ COMMANDS = {
     "launch": "train with several processes: `diffjax launch -n 4 -- train digits`",
     "sample": "draw samples of a run: a PNG grid and an .npz",
     "eval": "score a run's samples beside real data",
+    "plan": "what a training step needs on many devices: `diffjax plan CONFIG --devices 256`",
     "export": "write the weights of a run to a safetensors file",
     "ema": "make averages of any length from a run's snapshots: `diffjax ema RUN --sigma-rel 0.05`",
     "list": "show the methods: `diffjax list solvers`",
@@ -110,6 +111,7 @@ def _dispatch(argv: list[str]) -> int:
         "launch": _launch,
         "sample": _sample,
         "eval": _eval,
+        "plan": _plan,
         "export": _export,
         "ema": _ema,
         "list": _list,
@@ -155,6 +157,14 @@ def _value(argv: list[str], flag: str) -> str | None:
         if word.startswith(f"{flag}="):
             return word.split("=", 1)[1]
     return None
+
+
+def _plan(argv: list[str]) -> int:
+    from diffjax.cli import config, plan
+
+    args, rest = _parse(plan.Plan, "plan", argv, return_unknown_args=True)
+    default = plan.settings_of(args.what)
+    return plan.main(args, config.settle(_parse(config.Train, "plan", rest, default=default), default))
 
 
 def _sample(argv: list[str]) -> int:

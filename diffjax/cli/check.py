@@ -80,8 +80,8 @@ def number(name: str, value: Any, rule: Rule) -> None:
         raise ValueError(f"{option(name)} must be {accepted}; got {value}")
 
 
-def numbers(settings: Train) -> None:
-    """Refuse numbers out of range, and a batch that the devices do not divide.   Raises: ValueError."""
+def numbers(settings: Train, devices: int | None = None) -> None:
+    """Refuse numbers out of range, and a batch that the devices (default all here) do not divide.   Raises: ValueError."""
     for name, rule in RULES.items():
         value = settings
         for part in name.split("."):
@@ -97,7 +97,7 @@ def numbers(settings: Train) -> None:
         a, b = getattr(path, low), getattr(path, high)
         if a is not None and b is not None and a >= b:
             raise ValueError(f"{option('process.' + low)} must be below {option('process.' + high)}; got {a} and {b}")
-    devices = layout(settings, jax.device_count())
+    devices = layout(settings, devices or jax.device_count())
     if t.batch_size % devices:
         near = max(1, round(t.batch_size / devices)) * devices
         raise ValueError(

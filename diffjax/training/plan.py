@@ -21,6 +21,8 @@ from diffjax.training.placement import without_fsdp
 from diffjax.training.state import count_params
 from diffjax.training.traced import Trace, named, size_of, specs, trace
 
+UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -118,7 +120,7 @@ def advice(plan: Plan) -> str:
     Example:
         >>> p = Plan(Layout(data=8), 64, 1, 10, {"parameters": 40, "activations": 80}, (), 0, 0, 0, limit=100)
         >>> print(advice(p))
-        A device needs about 0.0 MiB, of which activations 0.0 MiB, and has 0.0 MiB. ...
+        A device needs about 120 B, of which activations 80 B, and has 100 B. ...
     """
     memory = plan.memory
     largest = max(memory, key=memory.get)
@@ -142,10 +144,21 @@ def amount(size: int | float) -> str:
     """Bytes for people.
 
     Example:
-        >>> amount(3 * 2**20), amount(2.5 * 2**30)
-        ('3.0 MiB', '2.50 GiB')
+        >>> amount(96), amount(3 * 2**20), amount(2.5 * 2**30)
+        ('96 B', '3.00 MiB', '2.50 GiB')
     """
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    unit = next((u for u in ("GiB", "MiB", "KiB") if size >= UNITS[u]), None)
+    return f"{size / UNITS[unit]:.2f} {unit}" if unit else f"{size} B"
+
+
+def work(operations: int | float) -> str:
+    """Operations for people.
+
+    Example:
+        >>> work(3.2e15), work(5e7)
+        ('3,200.00 TFLOP', '0.05 GFLOP')
+    """
+    return f"{operations / 1e12:,.2f} TFLOP" if operations >= 1e11 else f"{operations / 1e9:,.2f} GFLOP"
 
 
 # ------------------------------------------------------------------------------------------------------------ layout
