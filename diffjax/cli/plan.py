@@ -12,7 +12,7 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from diffjax import networks, training
+from diffjax import training
 from diffjax.cli import build, check, config, console, evaluate
 from diffjax.cli import run as runs
 from diffjax.training import flops
@@ -24,19 +24,14 @@ from diffjax.training.layouts import AXES, Layout
 class Plan:
     """Print the memory, the messages and the operations of one training step on many devices, without them.
 
-    Options of `diffjax train` change the configuration: --training.batch-size 4096 --model.remat full.
+    Options of `diffjax train` change the configuration: --training.layout.fsdp 8 --training.batch-size 4096 --model.remat
+    full.
     """
 
     what: Annotated[str, tyro.conf.Positional]
     """a config.json, a run folder, or a data set as for train"""
     devices: int
-    """how many; those that fsdp, model and sequence leave over hold copies (data)"""
-    fsdp: int = 1
-    """parts that parameters, averages and optimiser state are cut into"""
-    model: int = 1
-    """parts that the network's wide layers and heads are cut into"""
-    sequence: int = 1
-    """parts that the tokens are cut into"""
+    """how many; what --training.layout.fsdp, .model and .sequence leave over are copies (data)"""
     shape: tuple[int, ...] | None = None
     """shape of an item, so that no data are read: --shape 32 32 4"""
     classes: int | None = None
@@ -82,13 +77,7 @@ def item(args: Plan, settings: config.Train) -> tuple[tuple[int, ...], int | Non
 
 def make(args: Plan, settings: config.Train) -> plans.Plan:
     """The plan.   Raises: ValueError: sizes that do not fit each other."""
-    for name, rule in (
-        ("devices", check.COUNT),
-        ("fsdp", check.COUNT),
-        ("model", check.COUNT),
-        ("sequence", check.COUNT),
-    ):
-        check.number(name, getattr(args, name), rule)
+    check.number("devices", args.devices, check.COUNT)
     check.number("memory", args.memory, check.POSITIVE)
     check.number("utilisation", args.utilisation, (lambda v: 0 < v <= 1, "in (0, 1]"))
     known = None if args.kind is None else flops.device(args.kind)
@@ -96,28 +85,25 @@ def make(args: Plan, settings: config.Train) -> plans.Plan:
         raise ValueError(f"--kind {args.kind!r} is not known; there are {', '.join(flops.DEVICES)}. Or give --memory")
     if args.utilisation is not None and known is None:
         raise ValueError("--utilisation needs the peak of a device; give --kind")
-    shape = Layout(fsdp=args.fsdp, model=args.model, sequence=args.sequence).over(args.devices)
-    check.numbers(settings, shape.data * shape.fsdp)
-    t = settings.training
-    if t.parallel == "pmap" and shape.data != shape.size:
-        raise ValueError("--training.parallel pmap keeps the whole state on every device; use mesh or shard_map")
+    check.numbers(settings, args.devices)
+    t, path = settings.training, build.process(settings.process)
     items, classes = item(args, settings)
     vector = build.vector_size(t)
     net = build.network(settings.model, items, classes, vector)
+    layout = build.layout(t, net, args.devices) or Layout(data=args.devices)
+    loss = build.logged(build.loss(settings.objective, classes), path, t.loss_bins)
     step = training.make_train_step(
-        build.model(settings, items, classes, training=True), build.loss(settings.objective, classes),
-        build.optimiser(t)[0], emas=build.averages(t), accumulate=t.accumulate,
+        build.model(settings, items, classes, training=True), loss, build.optimiser(t)[0],
+        emas=build.averages(t), accumulate=t.accumulate,
         augment=None if t.augment == "none" else build.Augment(t.augment),
     )  # fmt: skip
-    inputs = build.zeros(items, classes, vector)
-    params = jax.eval_shape(lambda: net.init(jax.random.key(0), *inputs))["params"]
+    params = jax.eval_shape(runs.initialiser(settings, items, classes), jax.random.key(0))
+    training.layouts.check(layout, params)
     batch = {"x": jax.ShapeDtypeStruct((t.batch_size, *items), np.float32)}
     batch |= {name: jax.ShapeDtypeStruct((t.batch_size,), np.int32) for name in ("index", *["label"] * bool(classes))}
     limit = args.memory * 2**30 if args.memory is not None else known and known[1]
-    return plans.plan(
-        step, params, batch, dataclasses.replace(shape, rules=networks.partition_rules(net)), limit=limit,
-        parallel="mesh" if t.parallel == "mesh" else "shard_map",
-    )  # fmt: skip
+    parallel = "mesh" if t.parallel == "mesh" else "shard_map"  # which with copies alone sends what pmap does
+    return plans.plan(step, params, batch, layout, limit=limit, parallel=parallel)
 
 
 def seconds(args: Plan, plan: plans.Plan) -> float | None:

@@ -20,7 +20,9 @@ def no_data(monkeypatch):
 
 
 def test_a_table_without_the_data(call, no_data):
-    got = call("plan", BIG, "--devices", 256, "--fsdp", 8, "--kind", "TPU v5e", "--utilisation", 0.4, *ITEM)
+    got = call(
+        "plan", BIG, "--devices", 256, "--training.layout.fsdp", 8, "--kind", "TPU v5e", "--utilisation", 0.4, *ITEM
+    )
     assert got.code == 0 and got.err == ""
     assert "dit with 1,540,684,816 parameters, batches of 2048" in got.out
     assert "256 devices: data 32 x fsdp 8 x model 1 x sequence 1" in got.out
@@ -33,7 +35,8 @@ def test_a_table_without_the_data(call, no_data):
 
 def test_json_and_options_of_train(call, no_data):
     options = ["--training.batch-size", 4096, "--training.parallel", "shard_map", "--model.depth", 2, "--memory", 16]
-    got = call("plan", BIG, "--devices", 4096, "--fsdp", 4, "--model", 2, "--json", *options, *ITEM)
+    options += ["--training.layout.fsdp", 4, "--training.layout.model", 2]
+    got = call("plan", BIG, "--devices", 4096, "--json", *options, *ITEM)
     found = json.loads(got.out)
     assert found["layout"] == {"data": 512, "fsdp": 4, "model": 2, "sequence": 1}
     assert found["batch"] == 4096 and found["memory"] == 16 * 2**30 and found["fits"] is True
@@ -68,15 +71,15 @@ WRONG = {
     "arrays:x.npz --devices 8": r"no such file: x.npz.*--shape",
     "moons --devices 8 --classes 3": r"--classes goes with --shape",
     "moons --devices 8 --shape 2 2": r"--shape must be one or three numbers",
-    "moons --devices 8 --fsdp 3 --shape 2": r"needs a multiple of 3 devices; got 8",
+    "moons --devices 8 --training.layout.fsdp 3 --shape 2": r"fsdp 3 x model 1 x sequence 1 = 3 must divide the 8 devices",
     "moons --devices 0 --shape 2": r"--devices must be at least 1; got 0",
     "moons --devices 7 --shape 2": r"--training.batch-size 256 is not divisible by the 7 devices",
     "moons --devices 8 --training.accumulate 64 --shape 2": r"does not divide into 8 devices x --training.accumulate 64",
-    "moons --devices 8 --sequence 2 --shape 2": r"sequence=2, which must divide",
+    "moons --devices 8 --training.layout.sequence 2 --shape 2": r"sequence 2 needs --model.network dit",
     "moons --devices 8 --kind T800 --shape 2": r"--kind 'T800' is not known; there are TPU v2",
     "moons --devices 8 --utilisation 0.5 --shape 2": r"--utilisation needs the peak of a device; give --kind",
     "moons --devices 8 --utilisation 2 --kind H100 --shape 2": r"--utilisation must be in \(0, 1\]; got 2",
-    "moons --devices 8 --fsdp 2 --training.parallel pmap --shape 2": r"pmap keeps the whole state on every device",
+    "moons --devices 8 --training.layout.fsdp 2 --training.parallel pmap --shape 2": r"pmap keeps the whole state on every device",
     "moons --devices 8 --model.network dit --shape 2": r"network 'dit' does not fit items of shape \(2,\)",
 }
 
