@@ -2,6 +2,10 @@
 
 import errno
 import io
+import pathlib
+import socket
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -235,3 +239,31 @@ def test_sharded_averages_and_counters_are_written_whole(tmp_path):
     made = snapshots.reconstruct(tmp_path, 0.1).params
     np.testing.assert_array_equal(made["w"], params["w"])
     assert made["n"] == 7 and made["n"].dtype == np.int32
+
+
+@pytest.mark.slow
+def test_two_processes_write_one_file_and_each_reads_its_part(tmp_path):
+    """Each process holds half of a table: snapshots are gathered, reconstructions cut again."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    script = str(pathlib.Path(__file__).parent / "two_snapshots.py")
+    environment = toy.clean_environment(devices=1)
+    parts = [
+        subprocess.Popen(
+            [sys.executable, script, str(i), str(port), str(tmp_path)], env=environment, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        ends = [p.communicate(timeout=240) for p in parts]
+    finally:
+        for p in parts:
+            p.kill()
+    for p, (out, err) in zip(parts, ends, strict=True):
+        assert p.returncode == 0 and "REPORT" in out, err[-2000:]
+    assert len({out.rpartition("REPORT")[2] for out, _ in ends}) == 2  # different halves
+    found = snapshots.load(tmp_path)
+    assert [s.step for s in found] == list(range(5, 61, 5)) and found[-1].file.shapes["power_0.1/embed"] == (4, 3)
+    assert not list(tmp_path.glob(".*"))
