@@ -11,7 +11,8 @@ import numpy as np
 import tyro
 from rich.table import Table
 
-from diffjax.cli import build, console, evaluate
+from diffjax import training
+from diffjax.cli import build, config, console, evaluate
 from diffjax.cli import run as runs
 from diffjax.training import snapshots, tensors
 from diffjax.training.ema import std_to_exp
@@ -40,15 +41,19 @@ def name_of(sigma_rel: float, step: int | None) -> str:
     return f"{runs.POSTHOC}{sigma_rel:g}" + (f"_step_{step}" if step is not None else "")
 
 
-def make(args: Ema, items: list[snapshots.Snapshot]) -> list[tuple[str, snapshots.Reconstruction]]:
-    """Every average asked for, written as it is made; only its figures are kept."""
+def make(
+    args: Ema, items: list[snapshots.Snapshot], settings: config.Train, about: dict[str, Any]
+) -> list[tuple[str, snapshots.Reconstruction]]:
+    """Every average asked for, written as it is made, as `diffjax export` writes; only its figures are kept."""
     folder = pathlib.Path(args.run) / "ema" if args.out is None else pathlib.Path(args.out)
     made = []
     for sigma_rel in args.sigma_rel:
         found = snapshots.reconstruct(items, sigma_rel, step=args.step)
         name = name_of(sigma_rel, args.step)
-        meta = {"sigma_rel": repr(sigma_rel), "step": str(found.step), "residual": repr(found.fit.residual)}
-        tensors.write(folder / f"{name}{tensors.SUFFIX}", tensors.flat(found.params), meta)
+        meta = {"config": config.to_json(settings), "model": about, "step": found.step, "weights": name}
+        meta |= {"sigma_rel": sigma_rel, "residual": found.fit.residual}
+        params = build.of_network(settings.objective, found.params)
+        training.export_safetensors(params, folder / f"{name}{tensors.SUFFIX}", meta)
         made.append((name, found._replace(params=None)))
     return made
 
@@ -84,7 +89,7 @@ def main(args: Ema) -> int:
     items = snapshots.load(folder / "ema", say=console.note)
     if not items:
         raise ValueError(f"{folder / 'ema'} has no undamaged snapshot: training stopped before the first was written")
-    made = make(args, items)
+    made = make(args, items, settings, about)
     scored = {}
     if args.scores:
         build.solver(settings.sampler, build.process(settings.process))

@@ -27,7 +27,7 @@ from diffjax import networks, training
 from diffjax.cli import build, config
 from diffjax.data import DataTransform
 from diffjax.training import CheckpointStore, partial
-from diffjax.training.tensors import SUFFIX, DamagedError, TensorFile
+from diffjax.training.tensors import SUFFIX
 from diffjax.types import Denoiser
 
 FORMAT = 1
@@ -226,18 +226,15 @@ def read_parameters(path: pathlib.Path, like: Any, step: int | None) -> tuple[An
     Raises: ValueError: damaged, of another network, or of another step than the one asked for.
     """
     try:
-        file = TensorFile(path)
-        file.check()
-        found, at = file.tree(), int(file.meta["step"])
-    except (DamagedError, KeyError) as error:
+        found = training.load_safetensors(path, like)
+        at = int(found.metadata["step"])
+    except (training.CheckpointError, KeyError) as error:
         raise ValueError(f"{error}; make it again with `diffjax ema {path.parent.parent}`") from None
-    if jax.tree.map(np.shape, found) != jax.tree.map(np.shape, like):
-        raise ValueError(f"{path} holds the parameters of another network than the run's config.json describes")
     if step not in (None, at):
         raise ValueError(
             f"{path} is of step {at}; got --checkpoint {step}. Make another with `diffjax ema --step {step}`"
         )
-    return found, at
+    return found.params, at
 
 
 def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
@@ -254,12 +251,13 @@ def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int |
     shape, classes = tuple(about["shape"]), about["num_classes"]
     if weights is not None and weights.startswith(POSTHOC) and weights in made_afterwards(folder):
         like = jax.eval_shape(initialiser(settings, shape, classes), jax.random.key(0))
+        like = build.of_network(settings.objective, like)
         params, step = read_parameters(folder / "ema" / f"{weights}{SUFFIX}", like, step)
     else:
         weights, found = weights_of(folder, weights, step)
-        params, step = found.tree, found.step
+        params, step = build.of_network(settings.objective, found.tree), found.step
     made = build.model(settings, shape, classes, training=False)
     return Run(
-        made(build.of_network(settings.objective, params)), DataTransform.from_dict(about["transform"]), shape, classes,
+        made(params), DataTransform.from_dict(about["transform"]), shape, classes,
         tuple(about["labels"]) if about["labels"] else None, settings, step, folder, weights,
     )  # fmt: skip

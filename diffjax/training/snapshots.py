@@ -15,8 +15,9 @@ from diffjax.numerics import PyTree
 from diffjax.training import posthoc
 from diffjax.training.ema import Ema, Power, exp_to_std, std_to_exp
 from diffjax.training.loop import Hook
+from diffjax.training.partial import named
 from diffjax.training.state import TrainState
-from diffjax.training.tensors import SUFFIX, DamagedError, TensorFile, assemble, flat, nested, write
+from diffjax.training.tensors import SUFFIX, DamagedError, TensorFile, assemble, nested, write
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -81,7 +82,7 @@ def hook(
                         path.unlink()
             write(
                 folder / f"{step:08d}{SUFFIX}",
-                flat({name: state.ema[name] for name in gammas}),
+                dict(named({name: state.ema[name] for name in gammas})),
                 meta,
                 dtype=jax.numpy.dtype(dtype),
             )

@@ -1,5 +1,8 @@
 """One file of named arrays in the safetensors format, written leaf by leaf, whole or not at all, with its own checksum.
 
+For snapshots of sharded averages: neither the writer nor the reader ever holds more than one leaf, and the leaves may lie
+on several processes, where `training.weights` takes and gives whole trees of one process.
+
 The file is `length of the header (8 bytes) | header (JSON) | data`. The header's metadata hold the SHA-256 of header and
 data, taken with zeros in its own place, so that any changed byte is found. Any reader of safetensors reads the file.
 """
@@ -35,19 +38,8 @@ class DamagedError(ValueError):
     """A file of arrays that is cut off, changed, or of a newer version."""
 
 
-def flat(tree: PyTree) -> dict[str, Any]:
-    """`path -> leaf` with "/" between the parts of a path.
-
-    Example:
-        >>> sorted(flat({"a": {"w": 1, "b": 2}}))
-        ['a/b', 'a/w']
-    """
-    leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
-
-
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
-    """The inverse of `flat` for nested dicts.
+    """Nested dicts from `path -> leaf` with "/" between the parts of a path.
 
     Example:
         >>> nested({"a/w": 1, "a/b": 2})
@@ -178,10 +170,6 @@ class TensorFile:
         dtype, shape, start = self._where[name]
         count = int(np.prod(shape, dtype=np.int64))
         return np.array(self._data[start : start + count * dtype.itemsize].view(dtype).reshape(shape)[index])
-
-    def tree(self) -> dict[str, Any]:
-        """All arrays as nested dicts."""
-        return nested({name: self.read(name) for name in self._where})
 
 
 def assemble(like: PyTree, leaf: Callable[[str, Any, Any], Any]) -> PyTree:

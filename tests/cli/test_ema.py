@@ -9,7 +9,7 @@ from cli_tools import TINY
 
 import diffjax
 from diffjax.cli import main
-from diffjax.training import snapshots, tensors
+from diffjax.training import load_safetensors, snapshots
 
 OPTIONS = ["--training.ema-power", "0.05", "0.1", "--training.snapshot-every", "3", "--no-scores"]
 
@@ -55,7 +55,9 @@ def test_an_earlier_step_and_another_folder(run, call):
         diffjax.load(run, weights="posthoc_0.05_step_12", step=30)
     code, out, _ = call("ema", run, "--sigma-rel", 0.05, "--out", "elsewhere")
     assert (
-        code == 0 and "use" not in out and tensors.TensorFile("elsewhere/posthoc_0.05.safetensors").meta["step"] == "30"
+        code == 0
+        and "use" not in out
+        and load_safetensors("elsewhere/posthoc_0.05.safetensors").metadata["step"] == "30"
     )
     path = run / "ema" / "posthoc_0.05_step_12.safetensors"
     data = bytearray(path.read_bytes())

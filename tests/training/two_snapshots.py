@@ -13,6 +13,7 @@ import toy
 from two_processes import Part
 
 from diffjax.training import abstract, devices, ema, fit, snapshots
+from diffjax.training.layouts import Layout
 
 
 def main(i, port, folder):
@@ -21,7 +22,7 @@ def main(i, port, folder):
     )
     stored = {"power_0.05": ema.power(0.05), "power_0.1": ema.power(0.1)}
     state, train_step = toy.make(emas=stored | {"direct": ema.power(0.07)})
-    cut = functools.partial(devices.mesh, shape=(1, 2, 1))  # the table of labels lies half here, half there
+    cut = functools.partial(devices.mesh, layout=Layout(fsdp=2))  # the table of labels lies half here, half there
     hook = snapshots.hook(folder, 5, stored)
     end = fit(state, train_step, Part(i, 2), steps=60, hooks=[hook], parallel=cut, stream=io.StringIO()).state
     like = abstract(end, cut(train_step).shardings(end)).params
