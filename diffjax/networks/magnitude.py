@@ -72,7 +72,7 @@ def pixel_norm(x: Any) -> jax.Array:
         >>> pixel_norm(jnp.array([3.0, -3.0])).round(4).tolist()
         [1.0, -1.0]
 
-    Reference: arXiv:2312.02696, Eq. 30.
+    Reference: arXiv:2312.02696, Appendix B.
     """
     h = x.astype(at_least_float32(x.dtype))
     return (h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-8)).astype(x.dtype)

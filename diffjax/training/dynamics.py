@@ -116,7 +116,7 @@ def gradient_noise(small: Any, big: Any, n_small: int, n_big: int) -> tuple[Any,
         >>> gradient_noise(5.0, 2.0, 1, 4)
         (4.0, 1.0)
 
-    Reference: McCandlish et al. 2018, arXiv:1812.06162, Appendix A.1.
+    Reference: McCandlish et al. 2018, arXiv:1812.06162, Appendix A.
     """
     if not 0 < n_small < n_big:
         raise ValueError(

@@ -149,7 +149,7 @@ def test_the_number_of_parameters_of_the_unet():
 @pytest.mark.slow
 def test_magnitudes_of_the_unet_at_initialisation(key):
     """Mean squares of the blocks on white noise; halving averages four pixels, and the encoder normalises after it."""
-    net = nw.EDM2UNet(widths=(32, 48), blocks=1, attention=(1,), head_size=16)
+    net = nw.EDM2UNet(widths=(32, 48), blocks=1, attention=())
     x = RNG.normal(size=(4, 16, 16, 3)).astype(np.float32)
     params = nw.initialise(net, key, x[:1], np.zeros(1, np.float32))
     found = jax.jit(lambda p: nw.magnitudes(nw.from_linen(net), p, x, np.full(4, 0.2, np.float32)))(params)
