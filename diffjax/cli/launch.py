@@ -69,7 +69,7 @@ def main(args: Launch, words: list[str]) -> int:
     _check(args, words)
     # A process of its own ends the others when this one is killed, even by SIGKILL.
     guard = subprocess.Popen(
-        [sys.executable, "-S", "-c", GUARD, str(args.grace)], stdin=subprocess.PIPE, start_new_session=True
+        [sys.executable, "-S", "-c", GUARD, str(args.grace)], stdin=subprocess.PIPE, bufsize=0, start_new_session=True
     )
     with tempfile.TemporaryDirectory() as scratch, _Signals() as signals, guard, guard.stdin:
         run_file = pathlib.Path(scratch) / "run"
@@ -257,13 +257,12 @@ class _Group:
             text = line.decode(errors="replace").rstrip("\n")
             if out is sys.stderr and not text.startswith("    @"):  # frames of a C++ stack say nothing to people
                 self.tails[i].append(text)
-            with self.lock:
+            with self.lock, contextlib.suppress(BrokenPipeError):  # nobody reads: go on emptying the process's pipe
                 print(f"[{self.args.node_rank * self.args.n + i}] {text}", file=out, flush=True)
 
     def _tell_guard(self, text: str) -> None:
         with self.lock, contextlib.suppress(BrokenPipeError):
             self.guard.write(f"{text}\n".encode())
-            self.guard.flush()
 
 
 # Reads "+group" and "-group" until the launcher has gone, then asks the groups that are left to stop, and kills them.

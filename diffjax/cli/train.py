@@ -33,9 +33,10 @@ def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
     where, theirs = hosts.first(
         lambda: [args.resume or str(runs.new_folder(args.run, args.data)), config.to_json(args)]
     )
-    if others := config.differences(config.from_json(theirs), args):
-        lines = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in others.items())
-        raise ValueError(f"process 0 was started with other options than process {jax.process_index()}: {lines}")
+    others = config.differences(config.from_json(theirs), args)
+    wrong = [f"process {jax.process_index()} has {k} {b!r} instead of {a!r}" for k, (a, b) in others.items()]
+    if wrong := sum(hosts.share(wrong), []):
+        raise ValueError(f"all processes must be started with the options of process 0, but {', '.join(wrong)}")
     if args.resume is None:
         return args, pathlib.Path(where), False
     folder = pathlib.Path(args.resume)

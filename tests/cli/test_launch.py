@@ -4,6 +4,7 @@ import os
 import pathlib
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -182,3 +183,33 @@ def children_named(parent, variable):
     task = pathlib.Path(f"/proc/{parent}/task")
     children = {int(n) for t in task.iterdir() for n in (t / "children").read_text().split()}
     return [n for n in children if variable.encode() in pathlib.Path(f"/proc/{n}/environ").read_bytes().split(b"\0")]
+
+
+def test_processes_with_other_options_are_refused(tmp_path):
+    """By hand, without the launcher: both end at once."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        where = f"127.0.0.1:{s.getsockname()[1]}"
+    words = [
+        "train",
+        "gaussians",
+        "--run",
+        str(tmp_path / "run"),
+        "--hosts.processes=2",
+        f"--hosts.coordinator={where}",
+    ]
+    children = [
+        subprocess.Popen(
+            [sys.executable, "-m", "diffjax", *words, f"--hosts.process={i}", f"--training.batch-size={16 + i * 16}"],
+            env={**os.environ, "PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True,
+        )
+        for i in range(2)
+    ]  # fmt: skip
+    try:
+        errors = [child.communicate(timeout=60)[1] for child in children]
+    finally:
+        for child in children:
+            child.kill()
+    reason = "started with the options of process 0, but process 1 has training.batch_size 32 instead of 16"
+    assert any(child.returncode == 2 and reason in error for child, error in zip(children, errors, strict=True))
+    assert all(child.returncode in (1, 2, -signal.SIGABRT) for child in children)
