@@ -97,6 +97,10 @@ def numbers(settings: Train, devices: int | None = None) -> None:
         a, b = getattr(path, low), getattr(path, high)
         if a is not None and b is not None and a >= b:
             raise ValueError(f"{option('process.' + low)} must be below {option('process.' + high)}; got {a} and {b}")
+    if jax.process_count() > 1 and not jax.distributed.is_initialized():
+        raise ValueError(
+            f"this is one of {jax.process_count()} machines of a pod; start it with --hosts.coordinator auto"
+        )
     devices = layout(settings, devices or jax.device_count())
     if t.batch_size % devices:
         near = max(1, round(t.batch_size / devices)) * devices

@@ -171,7 +171,7 @@ class Hosts:
     """Several processes; by default what the environment says: `diffjax launch`, SLURM, a TPU pod."""
 
     coordinator: str | None = None
-    """host:port at which process 0 listens"""
+    """host:port at which process 0 listens; auto: JAX finds the other processes, as on TPU machines of Google's cloud"""
     processes: int | None = None
     """how many there are"""
     process: int | None = None

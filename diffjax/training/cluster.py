@@ -7,6 +7,7 @@ import re
 from collections.abc import Mapping
 
 VARIABLES = ("DIFFJAX_COORDINATOR", "DIFFJAX_PROCESSES", "DIFFJAX_PROCESS")  # what `diffjax launch` sets
+AUTO = "auto"  # as coordinator: JAX finds all by itself, also where no variable tells, as on TPU machines of Google's cloud
 DEVICES = "DIFFJAX_DEVICES"  # optional: devices of this machine for this process, such as 0,1
 TORCH = ("MASTER_ADDR", "MASTER_PORT", "WORLD_SIZE", "RANK")  # what most launchers of other libraries set
 SLURM = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID", "SLURM_LOCALID")
@@ -15,7 +16,7 @@ OPEN_MPI = ("OMPI_MCA_orte_hnp_uri", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RA
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """The place of a process in a job.   None: JAX finds the value by itself, on TPU pods and under Open MPI.
+    """The place of a process in a job.   None: JAX finds the value by itself, as on TPU pods and under Open MPI.
 
     Args: coordinator: "host:port", where process 0 listens.   processes: how many there are.   process: which one this is.
         devices: ids of the GPUs of this machine that it uses, default all.   source: where the values came from.
@@ -40,7 +41,8 @@ class Settings:
 def detect(environ: Mapping[str, str]) -> Settings | None:
     """The place of a process by its environment variables, or None where they tell of no other process.
 
-    Looked for in this order: DIFFJAX_COORDINATOR, DIFFJAX_PROCESSES and DIFFJAX_PROCESS (`diffjax launch` sets them);
+    Looked for in this order: DIFFJAX_COORDINATOR, DIFFJAX_PROCESSES and DIFFJAX_PROCESS (`diffjax launch` sets them; the first
+    may be "auto", alone: JAX finds all by itself, which TPU machines of Google's cloud need, where no variable tells);
     MASTER_ADDR, MASTER_PORT, WORLD_SIZE and RANK; a job step of SLURM (`srun`); Open MPI; a TPU pod.
 
     Raises: ValueError: some but not all of the first three, or a value that is not a number.
@@ -52,6 +54,8 @@ def detect(environ: Mapping[str, str]) -> Settings | None:
     """
     ids = environ.get(DEVICES)
     devices = tuple(_number(DEVICES, i) for i in ids.split(",")) if ids else None
+    if environ.get(VARIABLES[0]) == AUTO:
+        return Settings(devices=devices, source="JAX")
     given = [name for name in VARIABLES if environ.get(name)]
     if given:
         missing = [name for name in VARIABLES if name not in given]

@@ -22,7 +22,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from diffjax.numerics import PyTree
-from diffjax.training.cluster import Settings, detect
+from diffjax.training.cluster import AUTO, VARIABLES, Settings, detect
 
 HEARTBEAT = 15  # seconds without a sign of life after which a process counts as lost; JAX's own 100 look like a hang
 PATIENCE = 300.0  # seconds that processes wait for each other at the start
@@ -47,7 +47,8 @@ def start(
     A process that ends by an exception afterwards leaves without waiting for the others, who notice; otherwise each would
     wait for the rest, for ever. On CPUs the processes exchange arrays over TCP (gloo).
 
-    Args: coordinator: "host:port" at which process 0 listens.   processes: how many.   process: which one, from 0.
+    Args: coordinator: "host:port" at which process 0 listens, or "auto" (see `detect`).   processes: how many.
+        process: which one, from 0.
         environ: where the values not given come from (see `detect`), default `os.environ`.
         heartbeat: seconds after which a silent process counts as lost; the others are then ended with SIGABRT.
         patience: seconds to wait for the other processes.
@@ -62,6 +63,8 @@ def start(
     global _joined
     if _joined is not None or jax.distributed.is_initialized():
         return _joined
+    if coordinator == AUTO:
+        environ, coordinator = {VARIABLES[0]: AUTO}, None
     given = {"coordinator": coordinator, "processes": processes, "process": process}
     given = {name: value for name, value in given.items() if value is not None}
     settings = None if len(given) == 3 else detect(os.environ if environ is None else environ)
@@ -103,9 +106,9 @@ def _join(settings: Settings, heartbeat: int, patience: float) -> None:
             _reach(settings, host.strip("[]"), int(port), patience)
 
     def give_up() -> None:
-        where = settings.coordinator or "the coordinator"
+        place = f"process {settings.process} of {settings.processes}" if settings.processes else "this process"
         print(
-            f"process {settings.process} of {settings.processes} has waited {patience:g} seconds at {where} for the other "
+            f"{place} has waited {patience:g} seconds at {settings.coordinator or 'the coordinator'} for the other "
             "processes; start all of them, each with its own number and the same coordinator",
             file=sys.stderr, flush=True,
         )  # fmt: skip

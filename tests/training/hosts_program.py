@@ -58,7 +58,7 @@ def layout(name):
     return functools.partial(devices.mesh, shape=shape), np.float64 if name.endswith("64") else np.float32
 
 
-def train(name, folder, steps, save_every=None, slow=0.0, per_dispatch=2, hooks=()):
+def train(name, folder, steps, save_every=None, slow=0.0, per_dispatch=2, devices=None):
     """(result, what is to be reported); goes on from a checkpoint in `folder` if there is one."""
     driver, dtype = layout(name)
     with jax.enable_x64(dtype == np.float64):
@@ -69,7 +69,7 @@ def train(name, folder, steps, save_every=None, slow=0.0, per_dispatch=2, hooks=
             result = fit(
                 state, train_step, batches, steps=steps, parallel=driver, per_dispatch=per_dispatch, store=store,
                 save_every=save_every, resume=bool(store.steps()), log_every=1, metrics_file=log, stream=io.StringIO(),
-                hooks=hooks,
+                devices=devices,
             )  # fmt: skip
             cut = not result.state.params["embed"].is_fully_replicated
             params = {k: np.asarray(v, np.float64).tolist() for k, v in hosts.gather(result.state.params).items()}

@@ -42,6 +42,7 @@ SLURM_PORT = 61440 + 4102 % 4096
         (TORCH | {"LOCAL_RANK": "1"}, Settings("b:29500", 2, 1, (1,), "MASTER_ADDR")),
         (TORCH | {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}, Settings("b:29500", 2, 1, None, "MASTER_ADDR")),
         ({"MASTER_ADDR": "b", "RANK": "1"}, None),
+        (SLURM | {"DIFFJAX_COORDINATOR": "auto"}, Settings(source="JAX")),
         (SLURM, Settings(f"gpu007:{SLURM_PORT}", 8, 5, (1,), "SLURM")),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "3"}, Settings(f"gpu007:{SLURM_PORT}", 8, 5, None, "SLURM")),
         (SLURM | {"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, Settings(f"gpu007:{SLURM_PORT}", 8, 5, (1,), "SLURM")),
@@ -226,10 +227,9 @@ def test_a_signal_to_one_process_stops_all_at_one_step(tmp_path):
 @pytest.mark.slow
 def test_a_killed_process_is_noticed_and_the_job_resumes(tmp_path):
     """Without a word from JAX: the launcher says who died, and the same command goes on, to the very same parameters."""
-    folder, plain = tmp_path / "killed", tmp_path / "plain"
+    folder = tmp_path / "killed"
     plan = {"steps": 24, "layouts": ["mesh"], "save_every": 4, "slow": 0.3}
     child = launch(2, 1, plan, folder)
-    whole = launch(2, 1, plan | {"slow": 0}, plain)
     try:
         running(child, folder, 9)
         sent = time.monotonic()
@@ -242,9 +242,10 @@ def test_a_killed_process_is_noticed_and_the_job_resumes(tmp_path):
     assert "process 1 of 2 (pid " in out and "died first, after " in out and "process 0 of 2 ended with" in out
     again = out.splitlines()[-1].removeprefix("resume with: diffjax ")
     assert again.startswith("launch -n 2 --devices-per-process 1 -- ")
-    finish(whole)
     finish(start(shlex.split(again)))
-    (killed, _), (plain, _) = reports(folder, 2), reports(plain, 2)
-    assert 4 <= len(plain["mesh"]["indices"]) - len(killed["mesh"]["indices"]) and killed["mesh"]["step"] == 24
-    assert killed["mesh"]["params"] == plain["mesh"]["params"]
+    # Two devices of one process: the sum of two gradients does not depend on who adds them.
+    _, plain = hosts_program.train("mesh", tmp_path / "plain", 24, save_every=4, devices=jax.devices()[:2])
+    killed = reports(folder, 2)[0]["mesh"]
+    assert killed["step"] == 24 and 24 - len(killed["indices"]) in (8, 12, 16, 20)  # it went on from a checkpoint
+    assert killed["params"] == plain["params"]
     assert losses(folder, "mesh") == losses(tmp_path / "plain", "mesh")
