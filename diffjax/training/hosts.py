@@ -1,7 +1,8 @@
 """Many processes as one computation: how they find each other, share small values, and stop at the same step.
 
 `start()` comes first, before any JAX computation; afterwards `jax.devices()` are those of all processes. Each process runs
-the same program on its own rows of the batch, and every function below but `detect` must be called by all of them.
+the same program on its own rows of the batch, and every function below but `detect` must be called by all of them. A process
+that has more to do than the others may keep them waiting; on CPUs for 30 minutes at most, after which gloo gives up.
 """
 
 from __future__ import annotations

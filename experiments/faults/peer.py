@@ -60,7 +60,7 @@ def trial(
     """(everything held, seconds until the launcher noticed, steps that were lost)"""
     launcher = start(n, ["train", "gaussians", "--run", str(folder), *OPTIONS], folder)
     when = rng.randint(SAVE_EVERY, STEPS - 2 * SAVE_EVERY)
-    while reached(folder) < when or not (folder / "checkpoints" / str(SAVE_EVERY)).exists():
+    while reached(folder) < when or not saved(folder):
         if launcher.poll() is not None:
             raise RuntimeError(f"the job ended by itself: {launcher.communicate()[1]}")
         time.sleep(0.005)
@@ -79,7 +79,7 @@ def trial(
     named = (killed_by if signal_ == signal.SIGKILL else "was killed by SIGABRT (JAX") in text
     alone = not left_behind(folder)
     words = shlex.split(text.splitlines()[-1].removeprefix("resume with: diffjax launch -n "))
-    steps = reached(folder) - max(int(p.name) for p in (folder / "checkpoints").iterdir() if p.name.isdecimal())
+    steps = reached(folder) - saved(folder)
     again = start(n, words[2:], folder)
     again.communicate(timeout=600)
     a, b = (jax.tree.leaves(diffjax.load(f, weights="params").denoiser.leaves) for f in (folder, whole))
@@ -131,3 +131,9 @@ def reached(folder: pathlib.Path) -> int:
     path = folder / "metrics.jsonl"
     lines = path.read_text().splitlines() if path.exists() else []
     return max((json.loads(line)["step"] for line in lines if line.endswith("}")), default=0)
+
+
+def saved(folder: pathlib.Path) -> int:
+    """The last step on disk, 0 without one."""
+    path = folder / "checkpoints"
+    return max((int(p.name) for p in path.iterdir() if p.name.isdecimal()), default=0) if path.exists() else 0
