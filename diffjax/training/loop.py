@@ -178,8 +178,10 @@ def fit(
         diverged = recorder.consecutive >= max_skipped
         if store is not None and saved != step:
             save()
-        if store is not None and not store.wait():
-            saved = max(store.steps(), default=None)
+        if store is not None:
+            store.wait()
+            if store.failures:  # what was begun may not be on disk
+                saved = max(store.steps(), default=None)
     if diverged:
         kept = f"The state before them is saved as checkpoint {saved}. " if saved is not None else ""
         raise Diverged(

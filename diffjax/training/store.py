@@ -11,6 +11,7 @@ import math
 import pathlib
 import shutil
 import sys
+import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,8 @@ from diffjax.training.agree import Barriers, agreed, shared
 from diffjax.training.manifest import CheckpointError, first_line
 from diffjax.training.partial import outline
 
+SHRINKS = 0.5  # no state that has been trained is compressed to less; saved in vain, it would fill the disk first
+PATIENCE = 50  # tries to remove what a failed save has left
 TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
@@ -112,7 +115,7 @@ class CheckpointStore:
             **(extra or {}),
         }
         self._saving = step
-        problem = self._clear(step)
+        problem = self._clear(step, sum(a.nbytes for a in jax.tree.leaves(state)))
         if problem is None:
             try:
                 numbers = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
@@ -255,7 +258,9 @@ class CheckpointStore:
             if verdict["refused"]:
                 raise CheckpointError(verdict["refused"])
             problem, page = verdict["problem"], verdict["page"]
-            if problem is None:
+            if problem is not None:
+                self._damaged.add(candidate)
+            else:
                 try:
                     found = read(candidate, page)
                 except CheckpointError:  # it does not fit the template, as every process finds
@@ -267,7 +272,6 @@ class CheckpointStore:
                 if report:
                     self._tell("\n".join([*report, f"continuing from checkpoint {candidate}"]))
                 return Restored(candidate, found, page, tuple(report))
-            self._damaged.add(candidate)
             report.append(f"checkpoint {candidate} in {self.directory} is damaged: {problem}")
         others = [s for s in steps if s != step]
         way_out = f"; the other steps are {_words(others)}" if others and step is not None else ""
@@ -302,11 +306,11 @@ class CheckpointStore:
         (folder,) = self.directory.glob(f"{self._saving}.{TEMPORARY[2:]}")
         manifest.write(folder, self._saving)
 
-    def _clear(self, step: int) -> str | None:
+    def _clear(self, step: int, size: int) -> str | None:
         """Make the folder, and move away what is in the place of `step` or after it, and what is damaged.
 
         Orbax reads the metrics of every step before it saves, and a damaged step would count as one that is kept.
-        Nothing is deleted.   Returns: what went wrong, or None.
+        Nothing is deleted.   Returns: what went wrong, or None; also if the disk has no room for `size` bytes.
         """
         told, problem = [], None
         if jax.process_index() == 0:
@@ -320,6 +324,11 @@ class CheckpointStore:
                         self._move_aside(s)
                     if steps:
                         told.append((why, steps))
+                free = shutil.disk_usage(self.directory).free
+                if free < size * SHRINKS:
+                    problem = (
+                        f"No space left on device: {free / 1e6:.3g} MB are free, the state has {size / 1e6:.3g} MB"
+                    )
             except OSError as error:
                 problem = first_line(error)
         problem, told = agreed(problem), shared(told)
@@ -365,7 +374,11 @@ class CheckpointStore:
         self._shut()
         if jax.process_index() == 0:
             for leftover in self.directory.glob(TEMPORARY):
-                shutil.rmtree(leftover, ignore_errors=True)
+                for _ in range(PATIENCE):  # what is still being written makes a first try leave something
+                    shutil.rmtree(leftover, ignore_errors=True)
+                    if not leftover.exists():
+                        break
+                    time.sleep(0.1)
         good = shared(self.steps())
         kept = f"the checkpoints {_words(good)} are intact" if good else "there is no earlier checkpoint"
         message = f"checkpoint {step} could not be saved to {self.directory}: {problem}; {kept}"

@@ -7,7 +7,7 @@ import hashlib
 import io
 import os
 import pathlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +17,6 @@ from diffjax import data, networks, training
 from diffjax.cli import build, config
 from diffjax.training import CheckpointStore, FitResult, Hook, TrainState
 from experiments.__main__ import CACHE
-from experiments.faults import Row
 
 SHAPE, CLASSES, BATCH = (2,), 8, 64
 
@@ -60,17 +59,23 @@ def make(width: int = 192) -> Job:
 
 
 def train(
-    job: Job, folder: Any, steps: int, *, save_every: int, hooks: tuple[Hook, ...] = (), **options: Any
+    job: Job,
+    folder: Any,
+    steps: int,
+    *,
+    save_every: int,
+    hooks: Callable[[CheckpointStore], Sequence[Hook]] = lambda store: (),
+    **options: Any,
 ) -> FitResult:
-    """Train in a folder, from its newest checkpoint if it has one."""
+    """Train in a folder, from its newest checkpoint if it has one; `hooks(store)` are called as those of `fit`."""
     with (
         CheckpointStore(pathlib.Path(folder) / "checkpoints", **options) as store,
         contextlib.closing(job.batches()) as stream,
     ):
         return training.fit(
             job.state, job.train_step, stream, steps=steps, store=store, save_every=save_every,
-            resume=bool(store.steps()), hooks=hooks, stream=io.StringIO(), metrics_file=pathlib.Path(folder) / "metrics.jsonl",
-            devices=jax.devices()[:1],
+            resume=bool(store.steps()), hooks=hooks(store), stream=io.StringIO(), log_every=8,
+            metrics_file=pathlib.Path(folder) / "metrics.jsonl", devices=jax.devices()[:1],
         )  # fmt: skip
 
 
@@ -94,6 +99,3 @@ def environment() -> dict[str, str]:
         "XLA_FLAGS": " ".join(w for w in os.environ.get("XLA_FLAGS", "").split() if "device_count" not in w),
         **({} if cached is None else {"JAX_COMPILATION_CACHE_DIR": str(cached)}),
     }  # fmt: skip
-
-
-__all__ = ["Job", "Row", "cache", "digest", "environment", "make", "train"]

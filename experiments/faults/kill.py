@@ -121,12 +121,12 @@ def _work(folder: pathlib.Path, steps: int) -> None:
         return done
 
     CheckpointStore.wait = noted_wait
-    hooks = ()
+    hooks = []
     if folder.name == "whole":
         digests = (folder / "digests").open("a")
-        hooks = (Hook(SAVE_EVERY, lambda step, state: print(step, job.digest(state), file=digests, flush=True)),)
+        hooks = [Hook(SAVE_EVERY, lambda step, state: print(step, job.digest(state), file=digests, flush=True))]
     every = ENDLESS if hooks else SAVE_EVERY  # the uninterrupted run saves at its end alone
-    job.train(made, folder, steps, save_every=every, hooks=hooks)
+    job.train(made, folder, steps, save_every=every, hooks=lambda store: hooks)
 
 
 class _server:
