@@ -31,11 +31,11 @@ WIDTH = 96
 
 
 def run(folder: pathlib.Path, quick: bool) -> Iterator[Row]:
-    """Fill the disk 2 x 12 times, with other amounts of room left (quick: 2 x 1), and once under the command line."""
+    """Fill the disk 2 x 10 times, with other amounts of room left (quick: 2 x 1), and once under the command line."""
     mounted = ["unshare", "-rm", "sh", "-c", f'mount -t tmpfs -o size={MEGABYTES}m none "$0" && exec "$@"', str(folder)]
     own = subprocess.run([*mounted, "true"], capture_output=True).returncode == 0
     code = "import sys; from experiments.faults import disk; disk.work(sys.argv[1], int(sys.argv[2]), sys.argv[3] == 'True')"
-    command = [*(mounted if own else []), sys.executable, "-c", code, str(folder), str(1 if quick else 12), str(own)]
+    command = [*(mounted if own else []), sys.executable, "-c", code, str(folder), str(1 if quick else 10), str(own)]
     out = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=job.environment())
     if out.returncode:
         raise RuntimeError(out.stderr[-2000:])
