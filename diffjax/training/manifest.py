@@ -9,6 +9,8 @@ import pathlib
 FORMAT = 2  # 1: the manifest had no checksum of itself
 MANIFEST = "manifest.json"
 LATER = ("commit_success.txt", "_CHECKPOINT_METADATA")  # top-level files that Orbax still touches after the manifest
+LONG = 200  # characters of a message
+SYSTEM = ("No space left on device", "Disk quota exceeded", "File too large", "Input/output error", "Permission denied")
 
 
 class CheckpointError(ValueError):
@@ -78,6 +80,9 @@ def _digest(manifest: dict) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, or its type."""
+    """The first line of an error's message, or its type; of a long one, what the system said, which comes last."""
     lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:300]
+    line = lines[0] if lines else type(error).__name__
+    if len(line) > LONG:
+        line = next((known for known in SYSTEM if known in str(error)), line[:LONG])
+    return line

@@ -9,23 +9,17 @@ from __future__ import annotations
 import json
 import math
 import pathlib
-import shutil
 import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 
 from diffjax.numerics import PyTree
-from diffjax.training import files, manifest, partial
+from diffjax.training import files, folder, manifest, partial
 from diffjax.training.agree import Barriers, agreed, shared
 from diffjax.training.manifest import CheckpointError, first_line
 from diffjax.training.partial import outline
-
-SHRINKS = 0.5  # no state that has been trained is compressed to less; saved in vain, it would fill the disk first
-PATIENCE = 50  # tries to remove what a failed save has left
-TEMPORARY = "*.orbax-checkpoint-tmp*"
 
 
 class Restored(NamedTuple):
@@ -161,9 +155,7 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The committed steps, oldest first."""
-        if not self.directory.is_dir():
-            return []
-        return sorted(int(p.name) for p in self.directory.iterdir() if p.name.isdecimal() and p.is_dir())
+        return folder.steps(self.directory)
 
     def restore(self, template: PyTree, step: int | None = None, *, verify: bool = True) -> Restored:
         """The newest undamaged step (or `step`), in the shapes and shardings of `template`.
@@ -303,8 +295,7 @@ class CheckpointStore:
         """Checksums of the finished files, written into the folder before it is renamed: both appear, or neither."""
         if jax.process_index() != 0:
             return
-        (folder,) = self.directory.glob(f"{self._saving}.{TEMPORARY[2:]}")
-        manifest.write(folder, self._saving)
+        manifest.write(folder.unfinished(self.directory, self._saving), self._saving)
 
     def _clear(self, step: int, size: int) -> str | None:
         """Make the folder, and move away what is in the place of `step` or after it, and what is damaged.
@@ -321,20 +312,17 @@ class CheckpointStore:
                 for why, steps in {"belong to another course of the run": stale, "are damaged": damaged}.items():
                     for s in steps:
                         self._shut()
-                        self._move_aside(s)
+                        folder.set_aside(self.directory, s)
                     if steps:
                         told.append((why, steps))
-                free = shutil.disk_usage(self.directory).free
-                if free < size * SHRINKS:
-                    problem = (
-                        f"No space left on device: {free / 1e6:.3g} MB are free, the state has {size / 1e6:.3g} MB"
-                    )
+                problem = folder.no_room(self.directory, size)
             except OSError as error:
                 problem = first_line(error)
         problem, told = agreed(problem), shared(told)
         for why, steps in told:
             self._shut()
             self._ours -= set(steps)
+            self._damaged -= set(steps)
             self._tell(f"checkpoints {_words(steps)} {why}: moved to {self.directory / 'set_aside'}")
         return problem
 
@@ -342,21 +330,7 @@ class CheckpointStore:
         """Whether a step was found damaged, or has metrics that Orbax cannot read."""
         if step in self._damaged or self._manager is not None:
             return step in self._damaged
-        try:
-            return not isinstance(json.loads((self.directory / str(step) / "metrics" / "metrics").read_text()), dict)
-        except FileNotFoundError:
-            return False
-        except ValueError:
-            return True
-
-    def _move_aside(self, step: int) -> None:
-        target = self.directory / "set_aside" / str(step)
-        n = 1
-        while target.exists():
-            target, n = self.directory / "set_aside" / f"{step}-{n}", n + 1
-        target.parent.mkdir(exist_ok=True)
-        shutil.move(self.directory / str(step), target)
-        self._damaged.discard(step)
+        return folder.has_bad_metrics(self.directory, step)
 
     def _finished(self) -> str | None:
         """Wait for the save in flight.   Returns: what went wrong on this process, or None."""
@@ -373,12 +347,7 @@ class CheckpointStore:
         step, self._saving = self._saving, None
         self._shut()
         if jax.process_index() == 0:
-            for leftover in self.directory.glob(TEMPORARY):
-                for _ in range(PATIENCE):  # what is still being written makes a first try leave something
-                    shutil.rmtree(leftover, ignore_errors=True)
-                    if not leftover.exists():
-                        break
-                    time.sleep(0.1)
+            folder.remove_leftovers(self.directory)
         good = shared(self.steps())
         kept = f"the checkpoints {_words(good)} are intact" if good else "there is no earlier checkpoint"
         message = f"checkpoint {step} could not be saved to {self.directory}: {problem}; {kept}"

@@ -55,20 +55,20 @@ def work(folder: str, times: int, own: bool) -> None:
     size = sum(a.nbytes for a in jax.tree.leaves(made.state))
     room = size * (np.linspace(0, 0.8, times) if times > 1 else np.array([0.8]))  # bytes left: none, up to most of it
     for freed in (True, False):
-        held, errors = 0, []
-        for free in room:
-            good, error = _one(made, root / "run", int(free), freed, whole, own)
-            held += good
-            errors.append(error)
+        found = [_one(made, root / "run", int(free), freed, whole, own) for free in room]
         fault = "disk full during a save, later freed" if freed else "disk full up to the end, resumed with room"
-        kinds = ", ".join(sorted(set(errors)))
-        _row(fault, times, held, f"{room[0]:,.0f} to {room[-1]:,.0f} bytes left for {size:,}; {kinds}")
+        before, during = (sum(row[i] for row in found) for i in (1, 2))
+        _row(
+            fault, times, sum(row[0] for row in found),
+            f"{room[0]:,.0f} to {room[-1]:,.0f} bytes left for {size:,}; {before} saves refused at once, {during} failed "
+            "while writing",
+        )  # fmt: skip
     good, text = _command_line(root, own)
     _row("disk full under `diffjax train`", 1, int(good), text)
 
 
-def _one(made: job.Job, folder: pathlib.Path, free: int, freed: bool, whole: str, own: bool) -> tuple[bool, str]:
-    """One run with a full disk.   Returns: whether everything held, and the error that was reported."""
+def _one(made: job.Job, folder: pathlib.Path, free: int, freed: bool, whole: str, own: bool) -> tuple[bool, int, int]:
+    """One run with a full disk.   Returns: whether everything held; saves that failed at once, and while writing."""
     fill, clear = _filler(folder.parent / "ballast", own)
     actions = {FULL - 1: lambda: fill(free), **({FREED + 1: clear} if freed else {})}
 
@@ -96,8 +96,9 @@ def _one(made: job.Job, folder: pathlib.Path, free: int, freed: bool, whole: str
     resumed = job.train(made, folder, STEPS, save_every=SAVE_EVERY)
     good = good and resumed.saved == STEPS and not resumed.failures and job.digest(resumed.state) == whole
     _remove(folder)
-    text = " ".join(result.failures)
-    return good, " and ".join(name for name in ("No space left on device", "File too large") if name in text) or text
+    named = all("No space left on device" in text or "File too large" in text for text in result.failures)
+    before = sum("MB are free" in text for text in result.failures)
+    return good and named, before, len(result.failures) - before
 
 
 def _command_line(root: pathlib.Path, own: bool) -> tuple[bool, str]:

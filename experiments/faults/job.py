@@ -64,17 +64,17 @@ def train(
     steps: int,
     *,
     save_every: int,
-    hooks: Callable[[CheckpointStore], Sequence[Hook]] = lambda store: (),
+    hooks: Sequence[Hook] | Callable[[CheckpointStore], Sequence[Hook]] = (),
     **options: Any,
 ) -> FitResult:
-    """Train in a folder, from its newest checkpoint if it has one; `hooks(store)` are called as those of `fit`."""
+    """Train in a folder, from its newest checkpoint if it has one; hooks may be made from its store."""
     with (
         CheckpointStore(pathlib.Path(folder) / "checkpoints", **options) as store,
         contextlib.closing(job.batches()) as stream,
     ):
         return training.fit(
             job.state, job.train_step, stream, steps=steps, store=store, save_every=save_every,
-            resume=bool(store.steps()), hooks=hooks(store), stream=io.StringIO(), log_every=8,
+            resume=bool(store.steps()), hooks=hooks(store) if callable(hooks) else hooks, stream=io.StringIO(), log_every=8,
             metrics_file=pathlib.Path(folder) / "metrics.jsonl", devices=jax.devices()[:1],
         )  # fmt: skip
 

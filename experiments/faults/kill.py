@@ -126,7 +126,7 @@ def _work(folder: pathlib.Path, steps: int) -> None:
         digests = (folder / "digests").open("a")
         hooks = [Hook(SAVE_EVERY, lambda step, state: print(step, job.digest(state), file=digests, flush=True))]
     every = ENDLESS if hooks else SAVE_EVERY  # the uninterrupted run saves at its end alone
-    job.train(made, folder, steps, save_every=every, hooks=lambda store: hooks)
+    job.train(made, folder, steps, save_every=every, hooks=hooks)
 
 
 class _server:
