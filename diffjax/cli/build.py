@@ -86,14 +86,12 @@ class LabelsAlone:
         return self.fn(params, x, t, cond, key)
 
 
-def layout(config: Training, module: Any, devices: int) -> Layout | None:
-    """How the devices of a run share the state and the batch, by the rules of its network; None with pmap.
+def layout(config: Training, module: Any, devices: int) -> Layout:
+    """How the devices of a run share the state and the batch, by the rules of its network.
 
     Raises: ValueError: sizes that do not divide the devices.
     """
     sizes = config.layout
-    if config.parallel == "pmap":
-        return None
     rules = networks.partition_rules(module)
     return Layout(fsdp=sizes.fsdp, model=sizes.model, sequence=sizes.sequence, rules=rules).over(devices)
 

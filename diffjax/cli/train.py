@@ -155,12 +155,10 @@ def main(args: config.Train) -> int:
         monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
     )  # fmt: skip
     init = runs.initialiser(settings, shape, classes)
-    shapes = jax.eval_shape(init, jax.random.key(settings.seed))
-    count = networks.parameter_count(build.of_network(settings.objective, shapes))
     module = build.network(settings.model, shape, classes, build.vector_size(t))
     layout = build.layout(t, module, jax.device_count())
-    if layout is not None:
-        training.layouts.check(layout, shapes)
+    shapes = training.layouts.check(layout, init, jax.random.key(settings.seed))
+    count = networks.parameter_count(build.of_network(settings.objective, shapes))
     start = functools.partial(training.init_sharded, init, optimizer, settings.seed, emas=averages)
     if settings.init is not None and not resume:
         start = training.init_state(runs.start_from(settings.init, shapes), optimizer, settings.seed, emas=averages)

@@ -10,11 +10,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jax.sharding import PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from diffjax.numerics import PyTree
 
@@ -113,10 +113,18 @@ class Layout:
         return parts
 
 
-def check(layout: Layout, params: PyTree) -> None:
-    """Refuse a layout whose rules do not fit the shapes of parameters.   Raises: ValueError, as `Layout.spec`."""
+def check(layout: Layout, init: Callable[..., PyTree], *args: Any) -> PyTree:
+    """The shapes of the parameters `init(*args)`, if the layout fits them and the network; nothing is computed.
+
+    Raises: ValueError: a rule that does not fit, or an axis that the network names (heads, tokens) and a size does not
+    divide.
+    """
+    mesh = AbstractMesh(layout.shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    with jax.sharding.use_abstract_mesh(mesh):
+        params = jax.eval_shape(init, *args)
     for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
         layout.spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+    return params
 
 
 def shards(spec: PartitionSpec, layout: Layout) -> int:

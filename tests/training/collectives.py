@@ -47,7 +47,7 @@ def of_toy(name, per_dispatch=1, accumulate=1):
 
 def dit_parts(dtype=np.float32, **fields):
     """`(network, parameters, batch)` of a small diffusion transformer with labels."""
-    net = networks.DiT(**DIT | fields)
+    net = networks.DiT(**{**DIT, "dtype": np.dtype(dtype), **fields})
     x = np.zeros((1, SIDE, SIDE, 1), dtype)
     params = networks.random_parameters(net, x, np.zeros(1, np.float32), np.zeros(1, np.int32))
     rng = np.random.default_rng(0)

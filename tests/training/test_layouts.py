@@ -110,7 +110,15 @@ def test_bad_layouts():
         Layout(fsdp=3).over(8)
     rules = networks.partition_rules(networks.DiT())
     with pytest.raises(ValueError, match="cannot be cut into 5 parts"):
-        layouts.check(Layout(model=5, rules=rules), shapes(*NETWORKS["dit"][:2], tokens=(1, 3, 4)))
+        layouts.check(Layout(model=5, rules=rules), lambda: shapes(*NETWORKS["dit"][:2], tokens=(1, 3, 4)))
+    init = lambda key: networks.DiT(width=16, heads=2).init(key, np.zeros((1, 4, 6, 1), np.float32), np.zeros(1))[
+        "params"
+    ]
+    with pytest.raises(ValueError, match=r"6 tokens cannot be cut into 4 parts \(sequence=4\)"):
+        layouts.check(Layout(sequence=4), init, jax.random.key(0))
+    with pytest.raises(ValueError, match=r"2 heads cannot be cut into 4 parts \(model=4\); choose a layout"):
+        layouts.check(Layout(model=4, rules=rules), init, jax.random.key(0))
+    assert layouts.check(Layout(data=64, model=2, sequence=3), init, jax.random.key(0))["in"]["kernel"].shape == (4, 16)
     with pytest.raises(ValueError, match="names 'width'"):
         Layout(model=2, rules=(("a", P("width")),)).spec("a", (2,))
 
@@ -172,7 +180,7 @@ def test_fit_makes_its_state_and_resumes_on_another_layout(tmp_path):
 
 def train_dit(name, layout, optimizer, steps=50):
     """`(parameters and averages, losses)` of the transformer of two blocks in float64."""
-    net, params, batch = dit_parts(np.float64, depth=2, width=16, heads=2, dtype=jnp.float64)
+    net, params, batch = dit_parts(np.float64, depth=2, width=16, heads=4)
     batches = [{"x": batch["x"] * (1 + 0.1 * i), "label": (batch["label"] + i) % 5} for i in range(steps)]
     layout = Layout(*layout, rules=networks.partition_rules(net))
     driver = devices.driver(
