@@ -181,13 +181,14 @@ def test_fit_makes_its_state_and_resumes_on_another_layout(tmp_path):
 def train_dit(name, layout, optimizer, steps=50):
     """`(parameters and averages, losses)` of the transformer of two blocks in float64."""
     net, params, batch = dit_parts(np.float64, depth=2, width=16, heads=4)
-    batches = [{"x": batch["x"] * (1 + 0.1 * i), "label": (batch["label"] + i) % 5} for i in range(steps)]
+    batches = [{"x": np.roll(batch["x"], i, axis=1), "label": (batch["label"] + i) % 5} for i in range(steps)]
     layout = Layout(*layout, rules=networks.partition_rules(net))
     driver = devices.driver(
         name, dit_step(net, optimizer), layout=layout, devices=jax.devices()[: layout.size], per_dispatch=steps
     )
     start = driver.place(init_state(params, optimizer, 0, emas=AVERAGE))
-    end, metrics = driver.step(start, batches)
+    with jax.numpy_dtype_promotion("standard"):  # time codes are float32 whatever the state
+        end, metrics = driver.step(start, batches)
     return (jax.device_get((end.params, end.ema)), np.asarray(metrics["loss"])), end
 
 
@@ -195,8 +196,8 @@ def train_dit(name, layout, optimizer, steps=50):
 def test_float64_is_the_same_along_model_and_sequence(x64):
     """A transformer over 50 steps with Adam and clipping: a cut of tokens, heads, wide layers, batch and state."""
     reference, _ = train_dit("mesh", (1, 1, 1, 1), OPTIMIZER)
-    assert reference[1][-5:].mean() < 0.9 * reference[1][:5].mean()
-    for name, sizes in (("mesh", (1, 2, 2, 2)), ("shard_map", (1, 2, 2, 2)), ("mesh", (2, 1, 1, 4))):
+    assert reference[1][-10:].mean() < reference[1][:10].mean()
+    for name, sizes in (("shard_map", (1, 2, 2, 2)), ("mesh", (2, 1, 2, 2))):
         found, end = train_dit(name, sizes, OPTIMIZER)
         toy.assert_close(found, reference, rtol=1e-9, atol=1e-9)
-    assert end.params["block_0"]["hidden"]["kernel"].sharding.spec == P()
+    assert end.ema["average"]["block_0"]["hidden"]["kernel"].sharding.spec == P(None, "model")

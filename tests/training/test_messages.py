@@ -28,7 +28,7 @@ def test_fsdp_gathers_parameters_and_scatters_gradients_once():
     """gather: bytes of the parameters;   scatter: of a device's part;   all-reduce: of that part and of what is not cut."""
     n, size = leaves_cut(4)
     found = of_dit("data and fsdp")
-    assert found["all-gather"] == [n, size] and found["reduce-scatter"] == [n, size // 4]
+    assert found["all-gather"] == (n, size) and found["reduce-scatter"] == (n, size // 4)
     floor = size // 4 + dit_bytes() - size
     assert floor <= found["all-reduce"][1] <= floor + SCALAR * (n + 4)
     assert set(found) == {"all-gather", "reduce-scatter", "all-reduce"}
@@ -45,7 +45,7 @@ def test_fsdp_by_the_compiler_moves_the_bytes_of_theory():
     table = 5 * DIT["width"] * 4
     assert found["all-gather"][0] <= n and size - table <= found["all-gather"][1] <= size + ids
     assert found["all-reduce"][1] <= dit_bytes() + SCALAR * (n + 4)
-    assert found.get("all-to-all", [0, 0])[1] <= table
+    assert found.get("all-to-all", (0, 0))[1] <= table
 
 
 def test_tensor_parallelism_sends_two_sums_of_activations_per_block_and_direction():
@@ -60,7 +60,7 @@ def test_tensor_parallelism_sends_two_sums_of_activations_per_block_and_directio
     low = gradient + blocks
     assert low <= found["all-reduce"][1] <= low + code + SCALAR * 100, (found, low, code)
     modulation = (6 + 2) * b * d * 4
-    assert found["all-gather"] == [2, modulation]  # one of the block, one of the output
+    assert found["all-gather"] == (2, modulation)  # one of the block, one of the output
     assert set(found) == {"all-reduce", "all-gather"}
 
 
@@ -73,7 +73,7 @@ def test_sequence_parallelism_gathers_keys_and_values():
     found = of_dit("sequence")
     b, tokens, d = BATCH // 4, (SIDE // DIT["patch"]) ** 2, DIT["width"]
     kv = 2 * b * tokens * d * 4
-    assert found["all-gather"] == [2, kv]
+    assert found["all-gather"] == (2, kv)
     gradient = dit_bytes()
     assert gradient + kv <= found["all-reduce"][1] <= 2 * gradient + kv + SCALAR * 200
     assert set(found) == {"all-reduce", "all-gather"}
