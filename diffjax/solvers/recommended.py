@@ -23,7 +23,7 @@ from diffjax.solvers.checks import check_integer, check_number
 from diffjax.times.grids import check, curvature
 from diffjax.types import Card, Process, Scalar, Solver
 
-NODES = (1, 2, 3, 4, 5)
+NODES = (1, 2, 3, 4, 5, 6)
 NEAR_DATA = 0.03  # angle; from below it a step to the data itself is x0: what the network does nearer to it is unknown
 
 
@@ -34,6 +34,8 @@ def angle_abm(
     corrector: int = 4,
     data_std: Scalar = 1.0,
     *,
+    middle: tuple[float, float] = (0.0, math.inf),
+    ends: tuple[int, int] | None = None,
     inverse: bool = False,
 ) -> Solver:
     """Adams-Bashforth in theta, and an Adams-Moulton corrector that costs no evaluation; see the module for theta, r, d.
@@ -44,10 +46,11 @@ def angle_abm(
     L_j is the Lagrange basis on the nodes. The last point is predicted; it is x0 if it is the data themselves and the step
     before it ends within 0.03 of them. The first steps build both orders up.
 
-    Args: process: Gaussian.   grid: [n + 1].   order: 1 to 5 nodes of the predictor.   corrector: 0 (none) or 2 to 5 nodes,
-    the new one among them.   data_std: > 0, c of the module.   inverse: the grid increases.
+    Args: process: Gaussian.   grid: [n + 1].   order: 1 to 6 nodes of the predictor.   corrector: 0 (none) or 2 to 6 nodes,
+    the new one among them.   data_std: > 0, c of the module.   middle, ends: steps that start at sigma / (c alpha) outside
+    `middle` (low, high) have `ends` (predictor, corrector) nodes instead, at most as many.   inverse: the grid increases.
     Returns: a table of n rows, which are n evaluations; one state.
-    Raises: ValueError: bad grid, order, corrector or data_std.
+    Raises: ValueError: bad grid, order, corrector, data_std, middle or ends.
 
     Example:
         >>> from diffjax import processes, times
@@ -59,6 +62,11 @@ def angle_abm(
     check_integer("order", order, NODES)
     check_integer("corrector", corrector, (0, *NODES[1:]), hint="0 for none")
     check_number("data_std", data_std, above=True, high=sys.float_info.max)
+    ends = (order, corrector) if ends is None else ends
+    if not (1 <= ends[0] <= order and min(2, corrector) <= ends[1] <= corrector):
+        raise ValueError(f"ends must have at most the nodes of the middle, {(order, corrector)}; got {ends}")
+    if not 0 <= middle[0] <= middle[1]:
+        raise ValueError(f"middle must be (low, high) with 0 <= low <= high, ratios sigma / (c alpha); got {middle}")
     k = table.nodes(process, grid, inverse, data_std)
     xp, n = k.xp, k.t.shape[0]
     c = xp.asarray(data_std, k.alpha_t.dtype)
@@ -72,14 +80,16 @@ def angle_abm(
         table.past(k, xp.logical_not(flat), j, False) & xp.asarray(np.arange(n) >= j)
         for j in range(max(order, corrector))
     ]
-    use = _consecutive(exists[:order])
+    inside = (start >= math.atan(middle[0])) & (start <= math.atan(middle[1]))
+    use = _consecutive(_at_most(exists[:order], ends[0], inside))
     predict = _weights(xp, start, end, theta[:order], [use[0] | flat, *use[1:]], flat)
     old = [xp.zeros_like(start)] * (max(order, corrector - 1) if corrector else order - 1)
     new = rs * predict[0]
     for j in range(1, order):
         old[j - 1] = rs * predict[j]
     if corrector:  # the step before once more, from theta[1] to start; its state is carried on, so r_t becomes r_s
-        use = _consecutive([exists[0] & exists[1], *exists[1:corrector]])
+        inside = table.past(k, inside, 1, False)
+        use = _consecutive(_at_most([exists[0] & exists[1], *exists[1:corrector]], ends[1], inside))
         correct = _weights(xp, theta[1], start, theta[:corrector], [use[0], *use[1:]], xp.zeros_like(flat))
         new = new + rs * correct[0]
         before = [xp.where(use[0], table.past(k, w, 1, 0.0), 0.0) for w in predict]
@@ -93,6 +103,11 @@ def angle_abm(
         u=(other(k.sigma_t / (c * rt), k.alpha_s), other(-c * k.alpha_t / rt, 0.0)),
         qx=(other(rs / rt, 0.0),), qd=tuple(other(w, 0.0) for w in old), qn=other(new, 1.0),
     )  # fmt: skip
+
+
+def _at_most(exists: list[Any], nodes: int, inside: Any) -> list[Any]:
+    """The same, with no more than so many nodes outside."""
+    return [*exists[:nodes], *(e & inside for e in exists[nodes:])]
 
 
 def _consecutive(exists: list[Any]) -> list[Any]:
@@ -120,19 +135,24 @@ def _weights(xp: Any, start: Any, end: Any, nodes: list[Any], use: list[Any], fl
 # ------------------------------------------------------------------------------------------------------------ the rule
 
 # Heights of the density of `times.curvature` at these numbers of evaluations, between them linear in log(evaluations).
-# Chosen on random mixtures (others than those of experiments/benchmarks/solver_accuracy.py); from 50 on also looking at
-# solver_bar_2d.json and at the digits network.
-EVALUATIONS = (5, 10, 20, 50, 100)
+# Chosen on random mixtures (others than those of experiments/benchmarks/solver_accuracy.py) and, from 30 on, also on the two
+# trained networks: those are rough in log-SNR on a scale of about 1/8 everywhere, so that steps at the ends must not be long.
+EVALUATIONS = (5, 10, 20, 30, 50, 100)
 HEIGHTS = np.array([
     [-0.62, -0.45, 1.37, 0.4, 0.65, 0.9, -1.0, -0.8],
     [-0.5, 0.18, 0.5, 0.65, 1.0, -0.5, -0.05, -0.65],
     [0.3, 0.2, 1.0, 0.8, 1.2, 0.0, 0.3, -0.2],
-    [0.3, 0.45, 1.0, 0.9, 1.2, 0.15, 0.25, 0.3],
-    [0.4, 0.5, 1.0, 0.7, 0.9, 0.5, 0.6, 0.6],  # flatter: a trained network is not as smooth at the ends as a mixture
+    [1.0, 0.3, 1.25, 1.35, 1.1, 0.6, 0.35, 0.0],
+    [1.05, -0.15, 0.9, 1.2, 0.85, 0.3, 0.45, -0.15],
+    [0.7, 0.2, 0.8, 0.8, 0.7, 0.4, 0.5, 0.2],
 ])  # fmt: skip
+GUIDED_FROM_50 = np.array([0.4, 0.5, 1.0, 0.7, 0.9, 0.5, 0.6, 0.6])  # guidance amplifies what is rough at the ends
 # (order, corrector) below so many evaluations: without guidance, with it, and with a weight above STRONG
-PLAIN = ((7, (3, 4)), (13, (4, 5)), (math.inf, (5, 5)))
+PLAIN = ((7, (3, 4)), (13, (4, 5)), (25, (5, 5)), (math.inf, (6, 6)))
 GUIDED = ((12, (2, 3)), (40, (3, 4)), (math.inf, (4, 5)))
+# With six nodes, steps that start at sigma / (c alpha) outside this range of the evaluations have fewer: six nodes there
+# amplify the roughness of a network. Seven are not stable on networks anywhere.
+MIDDLE, ENDS = (lambda n: (6 / n, n / 12)), (4, 5)
 MANY = 10  # from here one evaluation is spent beside an end at infinite log-SNR, as other grids do
 STRONG, STRONGLY = 5.0, ((8, (1, 2)), (50, (2, 3)), (math.inf, (3, 4)))
 
@@ -144,17 +164,21 @@ def orders(evaluations: int, guidance: Scalar = 1.0) -> tuple[int, int]:
 
 
 def heights(evaluations: int, guidance: Scalar = 1.0) -> np.ndarray:
-    """The heights of the density that the rule spaces its grid by; under guidance those of 100 are reached at 50.   [8]"""
-    n = np.clip(evaluations, EVALUATIONS[0], EVALUATIONS[-1])
-    rows = HEIGHTS if guidance <= 1 else np.concatenate([HEIGHTS[:-2], HEIGHTS[-1:], HEIGHTS[-1:]])
-    return np.array([np.interp(np.log(n), np.log(EVALUATIONS), column) for column in rows.T])
+    """The heights of the density that the rule spaces its grid by; flatter under guidance above 20 evaluations.   [8]"""
+    at, rows = EVALUATIONS, HEIGHTS
+    if guidance > 1:
+        at, rows = (*EVALUATIONS[:3], 50), np.concatenate([HEIGHTS[:3], GUIDED_FROM_50[None]])
+    return np.array([np.interp(np.log(evaluations), np.log(at), column) for column in rows.T])
 
 
 def on_grid(
     process: Process, grid: Any, data_std: Scalar = 1.0, guidance: Scalar = 1.0, *, inverse: bool = False
 ) -> Solver:
     """The method that `recommended` takes for as many steps, on a grid of your own; arguments as there and in `angle_abm`."""
-    return angle_abm(process, grid, *orders(np.shape(grid)[0] - 1, _weight(guidance)), data_std, inverse=inverse)
+    n = np.shape(grid)[0] - 1
+    nodes = orders(n, _weight(guidance))
+    fewer = {"middle": MIDDLE(n), "ends": ENDS} if nodes == PLAIN[-1][1] else {}
+    return angle_abm(process, grid, *nodes, data_std, **fewer, inverse=inverse)
 
 
 def _weight(guidance: Any) -> float:
@@ -178,7 +202,8 @@ def recommended(
 ) -> Solver:
     """The solver to take unless you know better: `angle_abm` with its order and its grid chosen by one fixed rule.
 
-    The grid is `times.curvature` with `heights(evaluations, guidance)`, the orders are `orders(evaluations, guidance)`.
+    The grid is `times.curvature` with `heights(evaluations, guidance)`, the orders are `orders(evaluations, guidance)`; with
+    six nodes, the steps that start outside `MIDDLE(evaluations)` have those of `ENDS`.
 
     Args: process: Gaussian.   evaluations: >= 1, of the denoiser.   data_std: > 0, of the data that the denoiser was trained
     on, 1 for standardised data; a factor of two costs little.   guidance: the largest weight of classifier-free guidance;

@@ -11,7 +11,7 @@ import pytest
 import diffjax
 import experiments
 from diffjax import processes, solvers, times
-from diffjax.solvers.recommended import EVALUATIONS, HEIGHTS, heights, on_grid, orders
+from diffjax.solvers.recommended import ENDS, EVALUATIONS, GUIDED_FROM_50, HEIGHTS, MIDDLE, heights, on_grid, orders
 from diffjax.testing import flow, gaussian, mixture, oracle
 
 BAR = pathlib.Path(experiments.__file__).parent / "benchmarks" / "solver_bar_2d.json"
@@ -64,7 +64,7 @@ def test_beats_the_best_measured_peer(n, bar, ends):
     assert got[0] <= LIMITS[n][0] and got[1] <= LIMITS[n][1], got
 
 
-def textbook(predict, alpha, sigma, x, order, corrector, c):
+def textbook(predict, alpha, sigma, x, order, corrector, c, middle=(0.0, np.inf), ends=None):
     """The scheme in y and theta, step by step: Lagrange polynomials through D = d / sin(theta), integrated by brute force."""
     theta, r = np.arctan2(sigma, c * alpha), np.hypot(c * alpha, sigma)
     q, w = np.polynomial.legendre.leggauss(40)
@@ -80,26 +80,36 @@ def textbook(predict, alpha, sigma, x, order, corrector, c):
             through = through + v[None] * basis[:, None, None]
         return y - ((b - a) / 2 * w * np.sin(points)).dot(through.reshape(len(q), -1)).reshape(y.shape)
 
+    inside = (middle[0] <= np.tan(theta)) & (np.tan(theta) <= middle[1])
+    nodes = [(order, corrector) if ends is None or i else ends for i in inside]
     y, kept, start = x / r[0], [], None
     for i in range(len(theta) - 1):
         p = predict(y * r[i], i)
         kept = [(theta[i], (sigma[i] * p.x0 / c - c * alpha[i] * p.eps) / r[i] / np.sin(theta[i])), *kept]
         if corrector and i:
-            y = advance(start, i - 1, *zip(*kept[:corrector], strict=True))
-        start, y = y, advance(y, i, *zip(*kept[:order], strict=True))
+            y = advance(start, i - 1, *zip(*kept[: nodes[i - 1][1]], strict=True))
+        start, y = y, advance(y, i, *zip(*kept[: nodes[i][0]], strict=True))
     return y * r[-1]
 
 
 @pytest.mark.parametrize(("order", "corrector", "c"), [(2, 3, 1.0), (3, 3, 0.6), (3, 4, 2.0), (3, 0, 1.0), (5, 5, 1.0)])
 def test_is_the_textbook_scheme(order, corrector, c, x64):
+    check_textbook(c, order, corrector)
+
+
+def test_has_fewer_nodes_outside_the_middle(x64):
+    check_textbook(0.8, 4, 5, middle=(0.1, 3.0), ends=(2, 3))
+
+
+def check_textbook(c, order, corrector, **ends):
     process = processes.vp()
     m = mixture([1, 2], [[-1.0, 0.3], [0.5, 0.2]], stds=[0.4, 0.6])
     d = oracle(m, process)
     grid = times.log_snr(process, 8, start=0.98, stop=0.02)
     x = np.random.RandomState(0).randn(4, 2)
-    got = diffjax.sample(jax.random.key(0), d, solvers.angle_abm(process, grid, order, corrector, c), x)
+    got = diffjax.sample(jax.random.key(0), d, solvers.angle_abm(process, grid, order, corrector, c, **ends), x)
     predict = lambda x, i: jax.tree.map(np.asarray, d(jnp.asarray(x), grid[i]))
-    expected = textbook(predict, process.alpha(grid), process.sigma(grid), x, order, corrector, c)
+    expected = textbook(predict, process.alpha(grid), process.sigma(grid), x, order, corrector, c, **ends)
     np.testing.assert_allclose(got, expected, rtol=1e-9)
 
 
@@ -159,21 +169,31 @@ def test_ends_at_the_data_themselves(x64):
 
 
 def test_the_rule():
-    assert [orders(n) for n in (1, 5, 8, 15, 100)] == [(3, 4), (3, 4), (4, 5), (5, 5), (5, 5)]
+    assert [orders(n) for n in (1, 5, 8, 15, 25, 100)] == [(3, 4), (3, 4), (4, 5), (5, 5), (6, 6), (6, 6)]
     assert [orders(n, 3.0) for n in (5, 20, 30, 100)] == [(2, 3), (3, 4), (3, 4), (4, 5)]
     assert [orders(n, 7.5) for n in (5, 20, 50)] == [(1, 2), (2, 3), (3, 4)]
     for n, row in zip(EVALUATIONS, HEIGHTS, strict=True):
         np.testing.assert_allclose(heights(n), row)
     np.testing.assert_array_equal(heights(2), HEIGHTS[0])
     np.testing.assert_array_equal(heights(1000), HEIGHTS[-1])
+    for n in (10, 20):
+        np.testing.assert_allclose(heights(n, 3.0), heights(n))
+    np.testing.assert_array_equal(heights(50, 3.0), GUIDED_FROM_50)
+    grid = times.curvature(COSINE, 30, heights=heights(30), apart=(False, True))
+    expected = solvers.angle_abm(COSINE, grid, 6, 6, middle=MIDDLE(30), ends=ENDS)
+    np.testing.assert_array_equal(solvers.recommended(COSINE, 30).rows.qd, expected.rows.qd)
 
 
 def test_bad_input():
     p, g = processes.vp(), times.uniform(4, stop=0.01)
-    with pytest.raises(ValueError, match="order must be 1, 2, 3, 4 or 5"):
-        solvers.angle_abm(p, g, order=6)
+    with pytest.raises(ValueError, match="order must be 1, 2, 3, 4, 5 or 6"):
+        solvers.angle_abm(p, g, order=7)
     with pytest.raises(ValueError, match="corrector must be 0"):
         solvers.angle_abm(p, g, corrector=1)
+    with pytest.raises(ValueError, match="ends must have at most"):
+        solvers.angle_abm(p, g, 3, 4, ends=(4, 4))
+    with pytest.raises(ValueError, match="middle must be"):
+        solvers.angle_abm(p, g, 3, 4, middle=(2.0, 1.0), ends=(2, 3))
     with pytest.raises(ValueError, match="data_std must be"):
         solvers.angle_abm(p, g, data_std=0.0)
     with pytest.raises(ValueError, match="n, the number of steps"):
