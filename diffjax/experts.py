@@ -45,11 +45,10 @@ class Router:
 
     def __call__(self, x: PyTree, t: PyTree, cond: Cond = None) -> jax.Array:
         """Logits [B, K] at state x [B, ...] and times t, scalar or [B]."""
-        n = nu.batch_size(x)
-        code = jax.tree.map(
-            lambda c: jnp.broadcast_to(c, (n, *c.shape[1:])),
-            jax.tree.map(jnp.asarray, self.time(self.process, nu.as_float(t))),
-        )
+        n, dtype = nu.batch_size(x), jax.tree.leaves(x)[0].dtype
+        t = jax.tree.map(lambda ti: jnp.asarray(ti, dtype), t)
+        full = lambda c: jnp.broadcast_to(jnp.asarray(c), (n, *np.shape(c)[1:]))
+        code = jax.tree.map(full, self.time(self.process, t))
         inputs = x if self.input_scale is None else nu.scale(self.input_scale(self.process, t), x)
         return self.fn(self.params, inputs, code, cond)
 

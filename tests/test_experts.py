@@ -80,6 +80,23 @@ def test_top_k_is_the_textbook_sum(top):
         np.testing.assert_allclose(e.aux.sum(1), 1, rtol=1e-6)
 
 
+def test_experts_of_any_parameterisation_add_up():
+    whole = testing.oracle(MIXTURE, PROCESS)
+    part = lambda k, reader: lambda x, t: reader(whole(x, t, k), PROCESS, t)
+    mixed = mixture(
+        [
+            diffjax.denoiser(part(0, to_v), PROCESS, diffjax.from_v),
+            diffjax.denoiser(part(1, to_score), PROCESS, diffjax.from_score),
+            diffjax.denoiser(part(2, lambda p, *_: p.x0), PROCESS, diffjax.from_x0),
+            whole.bind(3),
+        ],
+        testing.exact_router(MIXTURE, PROCESS),
+    )
+    got, expected = jax.jit(lambda x: (mixed(x, 0.4), whole(x, 0.4)))(states(0.4))
+    np.testing.assert_allclose(got.x0, expected.x0, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got.eps, expected.eps, rtol=1e-5, atol=1e-5)
+
+
 def calls(state):
     counts = [c for c in jax.tree.leaves(state, is_leaf=lambda s: isinstance(s, Count)) if isinstance(c, Count)]
     return sum(np.asarray(c.calls).sum() for c in counts), sum(np.asarray(c.items).sum() for c in counts)

@@ -22,7 +22,7 @@ from diffjax import data, losses, metrics, networks, processes, solvers, testing
 from diffjax.experts import mixture, router
 from diffjax.numerics import item_keys
 from experiments.recipe import Recipe, at_most
-from experiments.scale.isolation import flops, stack, train
+from experiments.scale.isolation import cluster_and_label, flops, init, stack, train
 
 RECIPE = Recipe(
     ledger=148,
@@ -83,7 +83,7 @@ def sample(denoiser, x, solver):
 
 def run(preset):
     full = preset == "full"
-    n, steps, batch, width, trainings, sampling = (4000, 1500, 512, 32, 3, 20) if full else (100, 4, 16, 8, 1, 2)
+    n, steps, batch, width, trainings, sampling = (4000, 400, 256, 16, 4, 12) if full else (100, 4, 16, 8, 1, 2)
     arms = data.load("pinwheel", seed=0, size=20000 if full else 400)
     found = data.clusters(arms, K, seed=0)
     parts = [data.restrict(arms, found, k) for k in range(K)]
@@ -93,7 +93,7 @@ def run(preset):
     route = networks.from_linen(networks.Classifier(classes=K, width=width // 2, depth=1, num_classes=classes))
     model = lambda p: diffjax.denoiser(net, PROCESS, diffjax.from_velocity, p)
     guide = lambda p: router(route, PROCESS, p)
-    init = lambda f, seed: f.init(jax.random.key(seed), jnp.zeros((1, 2)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+    start = lambda f, seed: init(f, seed, (2,))
     flow = losses.flow_matching(label_drop=0.0)
 
     truth, label = arms.sample(jax.random.key(7), n)
@@ -105,13 +105,13 @@ def run(preset):
     kinds = {"full": {}, "top1": {"top": 1}, "top2": {"top": 2}}
     mmds = {name: [] for name in ("monolith", *kinds)}
     for seed in range(0, 100 * trainings, 100):
-        params = train(model, flow, [init(net, seed + k) for k in range(K)], parts, steps=steps, batch=batch // K,
+        params = train(model, flow, [start(net, seed + k) for k in range(K)], parts, steps=steps, batch=batch // K,
                        seeds=range(seed, seed + K))  # fmt: skip
-        r = train(guide, losses.router_loss(), [init(route, seed + K)], [data.label_clusters(arms, found)],
-                  steps=steps, batch=batch // K, seeds=[seed + K], condition=dict_of_conditions)[0]  # fmt: skip
+        r = train(guide, losses.router_loss(), [start(route, seed + K)], [data.label_clusters(arms, found)],
+                  steps=steps, batch=batch // K, seeds=[seed + K], condition=cluster_and_label)[0]  # fmt: skip
         spent = K * flops(params[0], steps, batch // K) + flops(r, steps, batch // K)
         longer = -(-spent // flops(params[0], 1, batch))  # rounded up, in the monolith's favour
-        one = train(model, flow, [init(net, seed + K + 1)], [arms], steps=longer, batch=batch, seeds=[seed + K + 1])[0]
+        one = train(model, flow, [start(net, seed + K + 1)], [arms], steps=longer, batch=batch, seeds=[seed + K + 1])[0]
         figures["operations_ratio"] = spent / flops(one, longer, batch)
         samples = {"monolith": draw(model(one), n, label, sampling)}
         for name, options in kinds.items():
@@ -133,7 +133,3 @@ def run(preset):
         "full_grid": np.asarray(samples["full"][:1500]),
         "top1_grid": np.asarray(samples["top1"][:1500]),
     }
-
-
-def dict_of_conditions(batch):
-    return {"cluster": batch["cluster"], "label": batch["label"]}

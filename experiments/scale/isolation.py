@@ -1,9 +1,30 @@
 """What the recipes of this family share: training models of one architecture in isolation, and the floor of a score."""
 
+import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from diffjax import data, training
+from diffjax import data, networks, training
+
+
+class Net(nn.Module):
+    """The residual MLP on flattened pictures or codes."""
+
+    width: int
+    depth: int
+    classes: int
+
+    @nn.compact
+    def __call__(self, x, t, cond=None):
+        """`x` [B, ...], `cond` labels [B]."""
+        mlp = networks.MLP(width=self.width, depth=self.depth, num_classes=self.classes)
+        return mlp(x.reshape(x.shape[0], -1), t, cond).reshape(x.shape)
+
+
+def init(f, seed, shape):
+    """Fresh parameters of a network of items of `shape` with a label."""
+    return f.init(jax.random.key(seed), jnp.zeros((1, *shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
 
 
 def train(model, loss, params, datasets, *, steps, batch, seeds, rate=3e-3, condition=training.condition):
@@ -22,6 +43,11 @@ def train(model, loss, params, datasets, *, steps, batch, seeds, rate=3e-3, cond
         for stream in streams:
             stream.close()
     return [end.ema["mean"] for end in ends]
+
+
+def cluster_and_label(batch):
+    """The condition that a router is trained with."""
+    return {"cluster": batch["cluster"], "label": batch["label"]}
 
 
 def flops(params, steps, batch):
