@@ -67,7 +67,7 @@ class Clusters:
 def load_clusters(path: str | os.PathLike[str]) -> Clusters:
     """What `Clusters.save` wrote.   Raises: DataError: another kind of file, or a newer format."""
     try:
-        with np.load(path, allow_pickle=False) as page:
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as page:
             fields = {name: page[name] for name in ("format", "dataset", "centers", "assignment")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise DataError(f"{os.fspath(path)} holds no clusters ({error}); write it with Clusters.save") from error
