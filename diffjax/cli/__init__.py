@@ -24,7 +24,8 @@ COMMANDS = {
     "cite": "print BibTeX of methods",
     "data": "prepare a data set: `diffjax data prepare NAME`",
 }
-EXITS = """exit codes: 0 done, 1 failed while running (diverged, disk full), 2 wrong input, 130 Ctrl-C, 143 SIGTERM;
+EXITS = """exit codes: 0 done, 1 failed while running (diverged, out of memory, or something could not be written), 2 wrong
+input, 75 hung (--abort-on-hang), 130 Ctrl-C, 143 SIGTERM; after 1, 75, 130 and 143 go on with --resume RUN;
 DIFFJAX_TRACEBACK=1 shows where an error was raised"""
 
 
@@ -73,14 +74,14 @@ def _left(code: int) -> int:
 def _explained(error: Exception) -> tuple[int, str] | None:
     """Exit code and message of errors that are not our mistake: wrong input, full disks, training that diverged."""
     from diffjax.cli.run import Failed
-    from diffjax.training import Diverged
+    from diffjax.training import Diverged, OutOfMemory
 
     if "Gloo" in str(error) and type(error).__module__.startswith(("jax", "builtins")):
         return 1, f"lost another process ({str(error).splitlines()[0]})"
+    if isinstance(error, (Diverged, Failed, OutOfMemory)):
+        return 1, str(error)
     if "RESOURCE_EXHAUSTED" in str(error):
         return 1, "the device is out of memory; use a smaller --training.batch-size, --training.accumulate, or --chunk"
-    if isinstance(error, (Diverged, Failed)):
-        return 1, str(error)
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
         return 1, f"{error}. Make room there, and go on with --resume"
     if isinstance(error, ImportError):
@@ -137,6 +138,7 @@ def _train(argv: list[str]) -> int:
     from diffjax.cli import config, train
     from diffjax.cli import run as runs
 
+    argv = _profile(argv)
     for flag in ("--resume", "--config"):  # what the run is comes from there; the same options may be repeated
         if (place := _value(argv, flag)) is not None:
             read = runs.read_config if flag == "--config" else lambda folder: runs.read(folder)[0]
@@ -148,6 +150,14 @@ def _train(argv: list[str]) -> int:
         default = config.preset(given.data)
         given = _parse(config.Train, "train", argv, default=default)
     return train.main(config.settle(given, default))
+
+
+def _profile(argv: list[str]) -> list[str]:
+    """`--profile` may stand without a number: 5 steps."""
+    if "--profile" not in argv:
+        return argv
+    after = argv.index("--profile") + 1
+    return argv if argv[after : after + 1] and argv[after].isdecimal() else [*argv[:after], "5", *argv[after:]]
 
 
 def _value(argv: list[str], flag: str) -> str | None:

@@ -147,7 +147,11 @@ class Training:
     magnitudes: bool = False
     """log root mean squares of weights, gradients and updates by layer, and of activations every sample_every steps"""
     max_skipped: int = 50
-    """updates with NaN or infinity in a row at which to stop"""
+    """updates with NaN or infinity in a row that are too many"""
+    on_bad: Literal["skip", "rewind", "stop"] = "skip"
+    """stop then (skip), go back to the last good checkpoint and past these data (rewind), or stop at the first (stop)"""
+    max_rewinds: int = 3
+    """times to go back before the run is given up"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,6 +210,16 @@ class Train:
     """at an unreadable item"""
     scores: bool = True
     """score samples at the end"""
+    grace: float = 10.0
+    """seconds after a signal in which data and pictures may end before they are left"""
+    watchdog: float | None = None
+    """seconds without a finished step after which RUN/hang-STEP.txt says why; 0 is never; default by the speed of the run"""
+    abort_on_hang: bool = False
+    """exit with code 75 then, so that a scheduler starts the run again"""
+    peak_flops: float | None = None
+    """floating-point operations a second of all devices together, to log the share that is used"""
+    profile: int | None = None
+    """trace that many steps into RUN/profile; without a number 5"""
     model: Model = dataclasses.field(default_factory=Model)
     process: Path = dataclasses.field(default_factory=Path)
     objective: Objective = dataclasses.field(default_factory=Objective)
@@ -214,8 +228,9 @@ class Train:
     hosts: Hosts = dataclasses.field(default_factory=Hosts)
 
 
-PLACES = ("run", "resume", "config", "hosts")  # where, not what: not kept in config.json
-FREE = ("scores",)  # may differ between a run and its continuation without a trace
+PLACES = ("run", "resume", "config", "hosts", "profile")  # where, not what: not kept in config.json
+# may differ between a run and its continuation without a trace
+FREE = ("scores", "grace", "watchdog", "abort_on_hang", "peak_flops")
 OLDER = {("model.remat", True): "full", ("model.remat", False): "none"}  # values that earlier versions wrote
 EXTENDABLE = (  # may differ, and config.json follows
     "training.steps",

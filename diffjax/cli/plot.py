@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import pathlib
@@ -11,7 +12,10 @@ from diffjax.cli import run as runs
 
 def loss(folder: pathlib.Path) -> pathlib.Path | None:
     """Draw RUN/metrics.jsonl as RUN/loss.png; None where there is no matplotlib, or nothing to draw."""
-    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        with contextlib.suppress(ValueError):  # a full disk may have cut the last line
+            rows.append(json.loads(line))
     points = [(row["step"], row["loss"]) for row in rows if row.get("loss") is not None]
     if not points or importlib.util.find_spec("matplotlib") is None:
         return None

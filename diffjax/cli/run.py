@@ -8,6 +8,8 @@ RUN/samples/      a PNG for each interval
 RUN/metrics.json  scores
 RUN/ema/          snapshots of averages, and averages made from them
 RUN/loss.png      the loss over time, where matplotlib is installed
+RUN/profile/      a trace of some steps, if asked for: `xprof --logdir RUN/profile`, or its .trace.json.gz at ui.perfetto.dev
+RUN/hang-STEP.txt what the run was waiting for when it stood still
 """
 
 from __future__ import annotations
@@ -79,6 +81,21 @@ def write_whole(path: pathlib.Path, write: Callable[[Any], Any]) -> pathlib.Path
 def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
     """Write a file whole or not at all."""
     return write_whole(path, lambda file: file.write(text.encode()))
+
+
+def start(folder: pathlib.Path, files: dict[str, str]) -> None:
+    """Make the folder of a new run with these files; if that fails nothing is left, and the name stays free."""
+    made = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        for name, text in files.items():
+            write_text(folder / name, text)
+    except OSError:
+        for name in files:
+            (folder / name).unlink(missing_ok=True)
+        if made:
+            folder.rmdir()
+        raise
 
 
 def new_folder(asked: str | None, data: str) -> pathlib.Path:

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -70,13 +71,7 @@ def write_settings(settings: config.Train, folder: pathlib.Path, store: Checkpoi
 
 def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> None:
     """Make a run folder.   Raises: ValueError: a process that does not see it."""
-
-    def write() -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        runs.write_text(folder / "model.json", about)
-        runs.write_text(folder / "config.json", config.to_json(settings))
-
-    hosts.first(write)
+    hosts.first(lambda: runs.start(folder, {"model.json": about, "config.json": config.to_json(settings)}))
     blind = [i for i, seen in enumerate(hosts.share((folder / "config.json").is_file())) if not seen]
     if blind:
         raise ValueError(
@@ -84,7 +79,9 @@ def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> Non
         )
 
 
-def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any) -> Any:
+def pictures(
+    settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any, failures: list[str]
+) -> Any:
     """The hook that draws the same samples at every interval into RUN/samples/."""
     shape, classes = build.shape_of(dataset), dataset.num_classes
     columns = min(classes or COLUMNS, 2 * COLUMNS)
@@ -97,10 +94,8 @@ def pictures(settings: config.Train, folder: pathlib.Path, dataset: Any, denoise
             return
         guided = build.guided(trained, settings.sampler.guidance)
         x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, title=None)
-        try:
-            save_grid(folder / "samples" / f"step_{step:07d}.png", dataset.transform, x, columns)
-        except OSError as error:  # a full disk: the picture is lost, the training is not
-            console.note(f"the samples of step {step} could not be written: {error}")
+        path = folder / "samples" / f"step_{step:07d}.png"
+        kept(folder, f"the samples of step {step}", lambda: save_grid(path, dataset.transform, x, columns), failures)
 
     return samples
 
@@ -129,6 +124,36 @@ def activations(settings: config.Train, dataset: Any) -> Any:
         return {f"activation_rms/{name}": float(v) for name, v in measure(params).items()}
 
     return hook
+
+
+def less_memory(settings: config.Train) -> str:
+    """The options of a run that was too large for its devices, and what they could be."""
+    t, per_device = settings.training, settings.training.batch_size // jax.device_count()
+    ways = [f"--training.batch-size {max(t.batch_size // 2, jax.device_count())}"] if per_device > 1 else []
+    if per_device >= 2 * t.accumulate:
+        ways.append(f"--training.accumulate {2 * t.accumulate} (the same result)")
+    if settings.model.remat == "none":
+        ways.append("--model.remat full (slower, the same result)")
+    if settings.model.dtype == "float32":
+        ways.append("--model.dtype bfloat16")
+    return "options that take less: " + ", ".join([*ways, "more devices"])
+
+
+def watchdog(settings: config.Train, folder: pathlib.Path) -> training.Watchdog | None:
+    """The watchdog of a run; none for 0 seconds."""
+    if settings.watchdog == 0:
+        return None
+    return training.Watchdog(settings.watchdog, folder, settings.abort_on_hang)
+
+
+def kept(folder: pathlib.Path, what: str, make: Callable[[], Any], failures: list[str]) -> Any:
+    """What `make` wrote; a full disk is reported and kept in `failures`, since the training is done and saved."""
+    try:
+        return make()
+    except OSError as error:
+        failures.append(f"{what} could not be written to {folder}: {error}")
+        console.note(failures[-1])
+        return None
 
 
 def main(args: config.Train) -> int:
@@ -184,48 +209,57 @@ def main(args: config.Train) -> int:
         params = build.of_network(settings.objective, state.params if weights is None else state.ema[weights])
         return denoiser_of(jax.tree.map(jnp.asarray, hosts.gather(params)))
 
+    failures: list[str] = []
     hooks = []
     if drawable(shape):
-        hooks.append(Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver), "samples"))
+        hooks.append(Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver, failures), "samples"))
     if t.magnitudes:
         hooks.append(Hook(t.sample_every, activations(settings, dataset), "activations"))
     if t.ema_power:
         every = t.snapshot_every or max(1, t.steps // SNAPSHOTS)
-        kept = snapshots.hook(folder / "ema", every, averages, dtype=t.snapshot_dtype, say=console.note)
-        hooks.append(kept)
+        hooks.append(snapshots.hook(folder / "ema", every, averages, dtype=t.snapshot_dtype, say=console.note))
     batches = data_.batches(
         dataset, "train", t.batch_size, seed=settings.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
     )  # fmt: skip
     with store, batches:
-        result = training.fit(
-            start, train_step, batches, steps=t.steps, parallel=t.parallel, layout=layout, per_dispatch=t.per_dispatch,
-            store=store, save_every=t.save_every, resume=resume, hooks=hooks, log_every=t.log_every,
-            metrics_file=folder / "metrics.jsonl",
-            max_skipped=t.max_skipped,
-        )  # fmt: skip
+        try:
+            result = training.fit(
+                start, train_step, batches, steps=t.steps, parallel=t.parallel, layout=layout, per_dispatch=t.per_dispatch,
+                store=store, save_every=t.save_every, resume=resume, hooks=hooks, log_every=t.log_every,
+                metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad,
+                max_rewinds=t.max_rewinds, grace=settings.grace, watchdog=watchdog(settings, folder),
+                peak_flops=settings.peak_flops,
+                profile=training.Profile(folder / "profile", settings.profile) if settings.profile else None,
+            )  # fmt: skip
+        except training.OutOfMemory as error:
+            raise runs.Failed(f"{error}\n  {less_memory(settings)}") from error
+    failures += result.failures
     if result.saved != result.step:
         text = f"the last checkpoint on disk is step {result.saved}: {'; '.join(result.failures)}"
         console.note(text, everywhere=True)
-    if result.interrupted is not None:
+    if result.interrupted is not None or result.hung:
         console.note(f"interrupted at step {result.step}; continue with: diffjax train --resume {folder}")
         return result.exit_code
     trained = denoiser(result.state) if settings.scores else None
-    code = 0 if result.saved == result.step else 1
     if hosts.leader():
-        finish(settings, folder, dataset, trained, {"step": result.step, "weights": weights or "params"})
+        finish(settings, folder, dataset, trained, {"step": result.step, "weights": weights or "params"}, failures)
         console.show(f"run      {folder}  ({time.monotonic() - began:.0f} s)")
-    return max(hosts.share(code))  # those who have nothing to do at the end wait here
+    if failures:
+        console.note(f"done, but not everything could be written: {'; '.join(failures)}")
+    return max(hosts.share(1 if failures else 0))  # those who have nothing to do at the end wait here
 
 
-def finish(settings: config.Train, folder: pathlib.Path, dataset: Any, trained: Any, about: dict) -> None:
+def finish(
+    settings: config.Train, folder: pathlib.Path, dataset: Any, trained: Any, about: dict, failures: list[str]
+) -> None:
     """Scores of the trained model, and where everything lies."""
     if trained is not None:
         found = evaluate.scores(trained, settings, dataset) | about
-        evaluate.save(found, folder / "metrics.json")
         evaluate.report(found)
-        console.show(f"scores   {folder / 'metrics.json'}  (all of them: diffjax eval {folder} --all)")
-    if drawn := plot.loss(folder):
+        if kept(folder, "metrics.json", lambda: evaluate.save(found, folder / "metrics.json") or True, failures):
+            console.show(f"scores   {folder / 'metrics.json'}  (all of them: diffjax eval {folder} --all)")
+    if drawn := kept(folder, "loss.png", lambda: plot.loss(folder), failures):
         console.show(f"loss     {drawn}")
     if grids := sorted((folder / "samples").glob("step_*.png")):
         console.show(f"grid     {grids[-1]}")

@@ -11,10 +11,13 @@ from diffjax.training.ema import ema_update
 from diffjax.training.isolated import Isolated, fit_isolated, isolated
 from diffjax.training.layouts import Layout
 from diffjax.training.loop import Diverged, FitResult, Hook, fit
+from diffjax.training.memory import OutOfMemory
 from diffjax.training.optimizer import adamw
+from diffjax.training.profile import Profile
 from diffjax.training.state import TrainState, abstract, init_sharded, init_state
 from diffjax.training.step import TrainStep, condition, make_train_step
 from diffjax.training.store import CheckpointError, CheckpointStore, Part, Restored
+from diffjax.training.watch import Watchdog
 from diffjax.training.weights import Weights, export_safetensors, load_safetensors
 
 __all__ = [
@@ -24,12 +27,15 @@ __all__ = [
     "Driver",
     "FitResult",
     "Hook",
-    "Part",
-    "Layout",
     "Isolated",
+    "Layout",
+    "OutOfMemory",
+    "Part",
+    "Profile",
     "Restored",
     "TrainState",
     "TrainStep",
+    "Watchdog",
     "Weights",
     "abstract",
     "adamw",
