@@ -97,8 +97,8 @@ def make(args: Plan, settings: config.Train) -> plans.Plan:
         emas=build.averages(t), accumulate=t.accumulate,
         augment=None if t.augment == "none" else build.Augment(t.augment),
     )  # fmt: skip
-    params = jax.eval_shape(runs.initialiser(settings, items, classes), jax.random.key(0))
-    training.layouts.check(layout, params)
+    init = runs.initialiser(settings, items, classes)
+    params = training.layouts.check(layout, init, jax.random.key(0))
     batch = {"x": jax.ShapeDtypeStruct((t.batch_size, *items), np.float32)}
     batch |= {name: jax.ShapeDtypeStruct((t.batch_size,), np.int32) for name in ("index", *["label"] * bool(classes))}
     limit = args.memory * 2**30 if args.memory is not None else known and known[1]
