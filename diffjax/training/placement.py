@@ -76,7 +76,7 @@ def spread(layout: Layout, mesh: Mesh, gradients: Callable[..., Any]) -> Callabl
     """
     parts = layout.data * layout.fsdp
     fully = lambda f, i, o: jax.shard_map(f, mesh=mesh, in_specs=i, out_specs=o, check_vma=False)
-    # Axes of one device are manual too: an axis that is left to the compiler costs time even if it is not cut.
+    # Axes of one device are manual too, so that without a cut of the network nothing is left to the compiler.
     manual = {name for name, n in zip(AXES, layout.shape, strict=True) if name in ROWS or n == 1}
     is_spec = lambda s: isinstance(s, PartitionSpec)
 

@@ -3,6 +3,7 @@
 import functools
 import io
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +14,7 @@ from collectives import AVERAGE, dit_parts, dit_step
 from jax.sharding import PartitionSpec as P
 
 from diffjax import networks
+from diffjax.networks import layers
 from diffjax.training import CheckpointStore, Layout, devices, fit, init_sharded, init_state, layouts, optimizer, state
 
 
@@ -72,6 +74,30 @@ def test_any_network_is_cut_along_fsdp_on_its_longest_axis():
         if path.endswith("kernel"):
             assert "fsdp" in spec, path
     assert Layout(fsdp=4).spec("a", (8, 8)) == P(None, "fsdp") and Layout(fsdp=4).spec("a", (2, 3)) == P()
+
+
+class Unsorted(nn.Module):
+    """The projection alone, under the same name, so that a key draws the same numbers."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return layers.Dense(self.features, name="qkv")(x)
+
+
+def test_heads_are_sorted_for_the_cut_and_a_key_gives_what_it_gave_unsorted():
+    """Against attention written out, with q, k and v from one draw of a kernel [d, 3 d] in this order."""
+    heads, d, x = 2, 6, np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
+    net = networks.Attention(heads)
+    params = net.init(jax.random.key(0), x)["params"]
+    plain = np.asarray(params["qkv"]["kernel"]).reshape(d, heads, 3, -1).swapaxes(1, 2).reshape(d, 3 * d)
+    np.testing.assert_array_equal(plain, Unsorted(3 * d).init(jax.random.key(0), x)["params"]["qkv"]["kernel"])
+    q, k, v = (a.reshape(2, 5, heads, -1) for a in np.split(x @ plain, 3, axis=-1))
+    logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(d // heads)
+    weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    y = np.einsum("bhts,bshd->bthd", weights, v).reshape(x.shape) @ np.asarray(params["out"]["kernel"])
+    np.testing.assert_allclose(net.apply({"params": params}, x), y, rtol=1e-4, atol=1e-5)
 
 
 def test_constrain_does_nothing_without_a_mesh_or_on_one_device():

@@ -4,15 +4,17 @@ Arguments: process, number of processes, port, folder. Prints the sum of the wei
 """
 
 import contextlib
+import functools
 import io
 import json
 import sys
 
 import jax
 import numpy as np
+import optax
 import toy
 
-from diffjax.training import CheckpointStore, fit
+from diffjax.training import CheckpointStore, Layout, fit, init_sharded
 
 
 class Part(toy.Batches):
@@ -35,6 +37,10 @@ def main(i, n, port, folder):
     for name in ("mesh", "pmap"):
         state, train_step = toy.make()
         options = {"parallel": name, "stream": io.StringIO(), "per_dispatch": 2}
+        if name == "mesh":  # no process ever holds the state whole
+            init = lambda key: jax.tree.map(jax.numpy.asarray, toy.params())
+            state = functools.partial(init_sharded, init, optax.adam(1e-2), 3, emas=toy.EMAS)
+            options["layout"] = Layout(fsdp=jax.device_count())
         with contextlib.closing(CheckpointStore(f"{folder}/{name}")) as store:
             fit(state, train_step, Part(i, n), steps=3, store=store, **options)
             result = fit(state, train_step, Part(i, n), steps=5, store=store, resume=True, **options)
