@@ -79,8 +79,9 @@ def main(args: Launch, words: list[str]) -> int:
             except Death as death:
                 words = _go_on(words, run_file)
                 again = attempt < args.restarts and death.code != 2 and signals.caught is None
-                way_out = f"{'resuming' if again else 'resume'} with: {_command(args, words)}"
-                print(f"diffjax launch: {death}\n{way_out}", file=sys.stderr, flush=True)
+                way_out = f"\n{'resuming' if again else 'resume'} with: {_command(args, words)}"
+                # Exit code 2 is wrong input: the same command would fail again.
+                print(f"diffjax launch: {death}{way_out * (death.code != 2)}", file=sys.stderr, flush=True)
                 if not again:
                     return death.code
     raise AssertionError("unreachable")

@@ -233,8 +233,9 @@ class Stop:
         self._sent: tuple[int, int, Any] | None = None  # call, calls that were timed, answer
         self._mark = (time.perf_counter(), 0)
         if self._several:
-            one_each = {d.process_index: d for d in reversed(jax.devices())}
-            grid = Mesh(np.array([one_each[p] for p in range(jax.process_count())]), ("process",))
+            # All devices take part, as in a step: not every backend runs programs on an arbitrary part of them.
+            devices = sorted(jax.devices(), key=lambda d: (d.process_index, d.id))
+            grid = Mesh(np.array(devices).reshape(jax.process_count(), -1), ("process", "device"))
             self._rows = NamedSharding(grid, PartitionSpec("process"))
             self._largest = jax.jit(lambda a: a.max(0), out_shardings=NamedSharding(grid, PartitionSpec()))
 
