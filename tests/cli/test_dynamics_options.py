@@ -8,6 +8,7 @@ from cli_tools import TINY, losses
 import diffjax
 from diffjax.cli import main
 
+pytestmark = pytest.mark.slow
 OPTIONS = (
     "--training.loss-bins=3 --training.noise-scale --training.accumulate=2 --training.magnitudes --objective.uncertainty "
     "--training.ema-power 0.1 --training.snapshot-every=10 --no-scores"
