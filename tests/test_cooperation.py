@@ -125,7 +125,7 @@ def test_the_resolution_gap_is_closed_in_sequence():
     # Low resolution: means of neighbours. The high-resolution model is exact, so the result is its own data.
     data = testing.mixture([1, 1], [[-3.0, -3.0], [3.0, 3.0]], stds=[0.3, 0.3])
     half = testing.mixture([1, 1], [[-3.0], [3.0]], stds=[0.22, 0.22])
-    low, high, t = testing.oracle(half, PROCESS), testing.oracle(data, PROCESS), 0.5
+    low, high, t = testing.oracle(half, PROCESS), testing.oracle(data, PROCESS), 0.25
     z = PROCESS.prior(jax.random.key(0), (512, 1))
     grid = lambda start, end: np.linspace(start, end, 13)
     run = jax.jit(lambda d, solver, x: diffjax.sample(jax.random.key(0), d, solver, x))

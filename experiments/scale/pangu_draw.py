@@ -8,8 +8,9 @@ Coop-Diffusion: model A lives in 36 principal components of the digits and is to
 6 x 6 lowest cosines of the picture and is told whether it is 5 or more. Both chains start from the same numbers. In each step
 the clean estimate of either is decoded to pixels, encoded for the other and fused with weight 1/2. A judge reads the digit.
 
-Networks narrower than a picture predict the clean one, because noise has full rank. MMD^2 is that of pixels against the 360 test digits, the mean over two trainings; `mmd_noise` is the spread of a score over
-draws of noise by one model.
+Networks narrower than a picture predict the clean one, because noise has full rank. MMD^2 is that of pixels against the 360
+test digits, the mean over two trainings; `mmd_noise` is the spread of a score over draws of noise by one model. An accuracy
+of 1000 samples has a standard error of 0.016, so a gain of 0.05 is more than two of a difference.
 """
 
 import dataclasses

@@ -5,9 +5,10 @@ and a router p(k | x_t, t, label) after them on all; sample with the two most pr
 The control is the same system on a random partition. Two experts are trained again in processes of their own and compared
 bit for bit with the same runs one after the other here.
 
-The experts are narrower than a picture, so they predict the clean one: noise has full rank. MMD^2 is that of pixels against the 360 test digits, the same for all; `mmd_noise` is the spread of a score over three draws
-of noise by one model. The paper scores with FID on a model a thousand times as large, where top-2 beats the full mixture
-clearly; here the router is nearly certain once the label is known, so that top-2 can only be as good.
+The experts are narrower than a picture, so they predict the clean one: noise has full rank. MMD^2 is that of pixels against
+the 360 test digits, the same for all; `mmd_noise` is the spread of a score over three draws of noise by one model. The paper
+scores with FID on a model a thousand times as large, where top-2 beats the full mixture clearly; here the router is nearly
+certain once the label is known, so that top-2 can only be as good.
 """
 
 import os
