@@ -14,7 +14,7 @@ import numpy as np
 from diffjax import data as data_
 from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
 from diffjax.cli.config import Model, Objective, Path, Sampler, Train, Training
-from diffjax.training import Layout, ema, optimizer
+from diffjax.training import Layout, TrainStep, dynamics, ema, make_train_step, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
 AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
@@ -191,6 +191,19 @@ def optimiser(config: Training) -> tuple[Any, Any]:
         moment_dtype=None if config.moment_dtype == "float32" else config.moment_dtype,
     )  # fmt: skip
     return made, schedule
+
+
+def train_step(config: Train, shape: tuple[int, ...], num_classes: int | None) -> TrainStep:
+    """The training step of a run, for items of a shape."""
+    t = config.training
+    optimizer, schedule = optimiser(t)
+    return make_train_step(
+        model(config, shape, num_classes, training=True),
+        logged(loss(config.objective, num_classes), process(config.process), t.loss_bins), optimizer,
+        emas=averages(t), accumulate=t.accumulate, learning_rate=schedule,
+        augment=None if t.augment == "none" else Augment(t.augment),
+        monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
+    )  # fmt: skip
 
 
 def averages(config: Training) -> dict[str, Any]:

@@ -85,25 +85,30 @@ def make(args: Plan, settings: config.Train) -> plans.Plan:
         raise ValueError(f"--kind {args.kind!r} is not known; there are {', '.join(flops.DEVICES)}. Or give --memory")
     if args.utilisation is not None and known is None:
         raise ValueError("--utilisation needs the peak of a device; give --kind")
-    check.numbers(settings, args.devices)
-    t, path = settings.training, build.process(settings.process)
-    items, classes = item(args, settings)
-    vector = build.vector_size(t)
-    net = build.network(settings.model, items, classes, vector)
-    layout = build.layout(t, net, args.devices) or Layout(data=args.devices)
-    loss = build.logged(build.loss(settings.objective, classes), path, t.loss_bins)
-    step = training.make_train_step(
-        build.model(settings, items, classes, training=True), loss, build.optimiser(t)[0],
-        emas=build.averages(t), accumulate=t.accumulate,
-        augment=None if t.augment == "none" else build.Augment(t.augment),
-    )  # fmt: skip
-    init = runs.initialiser(settings, items, classes)
-    params = training.layouts.check(layout, init, jax.random.key(0))
-    batch = {"x": jax.ShapeDtypeStruct((t.batch_size, *items), np.float32)}
-    batch |= {name: jax.ShapeDtypeStruct((t.batch_size,), np.int32) for name in ("index", *["label"] * bool(classes))}
     limit = args.memory * 2**30 if args.memory is not None else known and known[1]
+    return of(settings, *item(args, settings), args.devices, limit)
+
+
+def of(
+    settings: config.Train, shape: tuple[int, ...], classes: int | None, devices: int, limit: float | int | None
+) -> plans.Plan:
+    """The plan of a run's step for items of a shape.   Raises: ValueError: sizes that do not fit each other."""
+    check.numbers(settings, devices)
+    t = settings.training
+    net = build.network(settings.model, shape, classes, build.vector_size(t))
+    layout = build.layout(t, net, devices) or Layout(data=devices)
+    params = training.layouts.check(layout, runs.initialiser(settings, shape, classes), jax.random.key(0))
     parallel = "mesh" if t.parallel == "mesh" else "shard_map"  # which with copies alone sends what pmap does
-    return plans.plan(step, params, batch, layout, limit=limit, parallel=parallel)
+    step = build.train_step(settings, shape, classes)
+    return plans.plan(step, params, batch_of(t, shape, classes), layout, limit=limit, parallel=parallel)
+
+
+def batch_of(t: config.Training, shape: tuple[int, ...], classes: int | None) -> dict[str, Any]:
+    """The shapes of a batch over all devices."""
+    batch = {"x": jax.ShapeDtypeStruct((t.batch_size, *shape), np.float32)}
+    return batch | {
+        name: jax.ShapeDtypeStruct((t.batch_size,), np.int32) for name in ("index", *["label"] * bool(classes))
+    }
 
 
 def seconds(args: Plan, plan: plans.Plan) -> float | None:

@@ -14,10 +14,11 @@ import jax.numpy as jnp
 
 from diffjax import data as data_
 from diffjax import networks, numerics, prediction, training
-from diffjax.cli import build, check, config, console, evaluate, launch, plot
+from diffjax.cli import build, check, config, console, evaluate, launch, plan, plot
 from diffjax.cli import run as runs
 from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
-from diffjax.training import CheckpointStore, Hook, dynamics, hosts, snapshots
+from diffjax.training import CheckpointStore, Hook, flops, hosts, snapshots
+from diffjax.training import plan as plans
 
 COLUMNS = 10  # of a grid of pictures, and its rows
 POINTS = 4096  # of a scatter plot
@@ -126,17 +127,31 @@ def activations(settings: config.Train, dataset: Any) -> Any:
     return hook
 
 
-def less_memory(settings: config.Train) -> str:
-    """The options of a run that was too large for its devices, and what they could be."""
-    t, per_device = settings.training, settings.training.batch_size // jax.device_count()
-    ways = [f"--training.batch-size {max(t.batch_size // 2, jax.device_count())}"] if per_device > 1 else []
-    if per_device >= 2 * t.accumulate:
+def work(settings: config.Train, train_step: Any, params: Any, shape: tuple[int, ...], classes: int | None) -> dict:
+    """Operations of a step and of the devices in a second, as `fit` takes them; nothing where the devices are unknown."""
+    peaks = [flops.peak(d) for d in jax.devices()]
+    peak = settings.peak_flops or (None if None in peaks else sum(peaks))
+    if peak is None:
+        return {}
+    batch = plan.batch_of(settings.training, shape, classes)
+    return {"flops": flops.model_flops(train_step, params, batch).total, "peak_flops": peak}
+
+
+def less_memory(settings: config.Train, shape: tuple[int, ...], classes: int | None) -> str:
+    """What a step of the run needs by plan, and the options that take less."""
+    t, count = settings.training, jax.device_count()
+    known = flops.device(jax.devices()[0])
+    planned = plans.advice(plan.of(settings, shape, classes, count, known and known[1]))
+    ways = [f"--training.batch-size {max(t.batch_size // 2, count)}"] if t.batch_size > count else []
+    if t.batch_size // count >= 2 * t.accumulate:
         ways.append(f"--training.accumulate {2 * t.accumulate} (the same result)")
     if settings.model.remat == "none":
         ways.append("--model.remat full (slower, the same result)")
     if settings.model.dtype == "float32":
         ways.append("--model.dtype bfloat16")
-    return "options that take less: " + ", ".join([*ways, "more devices"])
+    if count > 1 and t.layout.fsdp == 1:
+        ways.append(f"--training.layout.fsdp {count} (the same result)")
+    return f"plan: {planned}\n  options that take less: {', '.join([*ways, 'more devices'])}"
 
 
 def watchdog(settings: config.Train, folder: pathlib.Path) -> training.Watchdog | None:
@@ -164,21 +179,15 @@ def main(args: config.Train) -> int:
     settings, folder, resume = resolve(args)
     launch.report(folder)
     t = settings.training
-    path = build.process(settings.process)  # names are looked up, and refused, before anything is loaded
-    solver = build.solver(settings.sampler, path)
+    # Names are looked up, and refused, before anything is loaded.
+    solver = build.solver(settings.sampler, build.process(settings.process))
     build.loss(settings.objective, None)
-    optimizer, schedule = build.optimiser(t)
+    optimizer, _ = build.optimiser(t)
     averages = build.averages(t)
     dataset = evaluate.load_data(settings)
     shape, classes = build.shape_of(dataset), dataset.num_classes
     check.guidance("sampler.guidance", settings.sampler.guidance, classes, settings.objective.label_drop)
-    train_step = training.make_train_step(
-        build.model(settings, shape, classes, training=True),
-        build.logged(build.loss(settings.objective, classes), path, t.loss_bins), optimizer,
-        emas=averages, accumulate=t.accumulate, learning_rate=schedule,
-        augment=None if t.augment == "none" else build.Augment(t.augment),
-        monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
-    )  # fmt: skip
+    train_step = build.train_step(settings, shape, classes)
     init = runs.initialiser(settings, shape, classes)
     module = build.network(settings.model, shape, classes, build.vector_size(t))
     layout = build.layout(t, module, jax.device_count())
@@ -229,11 +238,11 @@ def main(args: config.Train) -> int:
                 store=store, save_every=t.save_every, resume=resume, hooks=hooks, log_every=t.log_every,
                 metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad,
                 max_rewinds=t.max_rewinds, grace=settings.grace, watchdog=watchdog(settings, folder),
-                peak_flops=settings.peak_flops,
+                **work(settings, train_step, shapes, shape, classes),
                 profile=training.Profile(folder / "profile", settings.profile) if settings.profile else None,
             )  # fmt: skip
         except training.OutOfMemory as error:
-            raise runs.Failed(f"{error}\n  {less_memory(settings)}") from error
+            raise runs.Failed(f"{error}\n  {less_memory(settings, shape, classes)}") from error
     failures += result.failures
     if result.saved != result.step:
         text = f"the last checkpoint on disk is step {result.saved}: {'; '.join(result.failures)}"
