@@ -7,8 +7,7 @@ bit for bit with the same runs one after the other here.
 
 The experts are narrower than a picture, so they predict the clean one: noise has full rank. MMD^2 is that of pixels against
 the 360 test digits, the same for all; `mmd_noise` is the spread of a score over three draws of noise by one model. The paper
-scores with FID on a model a thousand times as large, where top-2 beats the full mixture clearly; here the router is nearly
-certain once the label is known, so that top-2 can only be as good.
+scores with FID on a model a thousand times as large.
 """
 
 import os
