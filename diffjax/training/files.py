@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import pathlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -84,9 +85,23 @@ def target(a: Any) -> jax.ShapeDtypeStruct:
 
 
 def _quiet() -> None:
-    """Drop the tracebacks that Orbax logs for failures which the store reports in one line."""
-    logging.getLogger("absl").addFilter(_no_tracebacks)
+    """Drop the tracebacks of failures which the store reports in one line: Orbax logs them, TensorStore prints them."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).addFilter(_no_tracebacks)
+    if not getattr(sys.unraisablehook, "drops_late_news", False):
+        sys.unraisablehook = _without_late_news(sys.unraisablehook)
 
 
 def _no_tracebacks(record: logging.LogRecord) -> bool:
-    return not (record.exc_info and "orbax" in record.pathname)
+    return not (record.exc_info and ("orbax" in record.pathname or "orbax" in record.getMessage()))
+
+
+def _without_late_news(hook: Callable[..., None]) -> Callable[..., None]:
+    """`hook` without what TensorStore's threads print when a save has failed and nobody waits for its other arrays."""
+
+    def filtered(news: Any) -> None:
+        if not (isinstance(news.exc_value, RuntimeError) and str(news.exc_value) == "Event loop is closed"):
+            hook(news)
+
+    filtered.drops_late_news = True
+    return filtered

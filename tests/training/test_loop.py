@@ -3,6 +3,7 @@ import io
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -282,6 +283,24 @@ def test_a_disk_that_is_full_at_the_end(tmp_path, monkeypatch):
         assert result.step == 4 and result.saved == 2 and len(result.failures) == 1
         monkeypatch.undo()
         assert store.restore(TOY[0]).step == 2
+
+
+def test_saved_is_what_is_on_disk_also_when_the_last_save_could_not_begin(tmp_path, monkeypatch):
+    room = shutil.disk_usage(tmp_path)
+    counted = []
+
+    def usage(path):
+        counted.append(path)
+        return room if len(counted) == 1 else room._replace(free=0)
+
+    monkeypatch.setattr(shutil, "disk_usage", usage)
+    messages = []
+    with contextlib.closing(CheckpointStore(tmp_path, say=messages.append)) as store:
+        result = train(8, store=store, save_every=2)
+        assert store.steps() == [2] and result.saved == 2 and result.step == 8
+    assert len(messages) == 3 and result.failures == tuple(messages)
+    assert "checkpoint 8 could not be saved" in messages[-1] and "0 MB are free, the state has " in messages[-1]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["2"]
 
 
 def test_bad_input(tmp_path):

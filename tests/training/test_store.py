@@ -224,7 +224,7 @@ def test_a_save_that_fails_leaves_the_last_good_step(saved, states, monkeypatch,
 FILL = """
 import resource, sys, jax, numpy as np
 from diffjax.training import CheckpointStore
-state = {"w": jax.numpy.asarray(np.random.default_rng(0).normal(size=(512, 512)))}
+state = {str(i): jax.numpy.asarray(np.random.default_rng(i).normal(size=(128, 256))) for i in range(24)}
 store = CheckpointStore(sys.argv[1])
 assert store.save(1, state) and store.wait()
 before = resource.getrlimit(resource.RLIMIT_FSIZE)
