@@ -14,6 +14,7 @@ vary most. What holds then: the blocks, where the branches are joined, stay in [
 2 output features the last layer's mean square is that of two draws, and is left out.
 """
 
+import functools
 import os
 import tempfile
 
@@ -48,14 +49,18 @@ RECIPE = Recipe(
 PROCESS = processes.edm(0.02, 80.0)
 
 
-def mean_squares(net, params, key, x0, label):
-    """Mean square of the activations at every layer, on noised data."""
+@functools.partial(jax.jit, static_argnums=0)
+def magnitudes(net, params, key, x0, label):
+    """Root mean square of the activations at every layer, on noised data."""
     k_time, k_noise = jax.random.split(key)
     t = times.laws.lognormal(-0.4, 1.0)(k_time, PROCESS, jnp.arange(len(x0)))
     x = PROCESS.add_noise(x0, jax.random.normal(k_noise, x0.shape), t)
     x = x * jax.lax.rsqrt(1 + jnp.exp(-2 * PROCESS.log_snr(t)))[:, None]
-    code = prediction.time_log_sigma(PROCESS, t)
-    found = jax.jit(lambda p: networks.magnitudes(net, p, x, code, label))(params)
+    return networks.magnitudes(net, params, x, prediction.time_log_sigma(PROCESS, t), label)
+
+
+def mean_squares(*args):
+    found = magnitudes(*args)
     return {name: float(v) ** 2 for name, v in found.items() if name != "out/out"}
 
 
