@@ -1,7 +1,7 @@
 """Five minutes of everything at once: train, save every few seconds, draw samples, and evaluate what is on disk.
 
-`diffjax train` runs with checkpoints and samples every few seconds while `diffjax sample` and `diffjax eval` read the same run
-from another thread, in one process, until SIGTERM stops it. The time begins when everything was done twice, and so compiled;
+`diffjax train` runs with checkpoints and samples every few seconds while another process does `diffjax sample` and `diffjax
+eval` of the same run, until SIGTERM stops it. The time begins when everything was done twice, and so compiled;
 resident memory, threads and open files are read every second. After a warm-up of 40 % of the time nothing may grow: the memory
 by less than `GROWTH` of its size between the medians of the first and the last fifth of what follows, the most threads and
 files at a time by no more than `SPARE` from one half to the other, and no temporary file may be left.
@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 import os
 import pathlib
 import signal
 import statistics
+import subprocess
+import sys
 import tempfile
 import threading
 import time
@@ -33,6 +34,7 @@ GROWTH = (
     0.02  # share of the memory, over the time that is compared; QUICK_GROWTH in the short one, which is all warm-up
 )
 QUICK_GROWTH = 0.10
+WARM_CALLS = 4  # readings of the run from disk before the time begins
 SPARE = 2  # threads or files: how many there are depends on what happens to run when they are counted
 TRAIN = (
     "train gaussians --model.width=64 --model.depth=2 --training.steps=100000000 --training.batch-size=64 --no-scores "
@@ -45,30 +47,32 @@ def read() -> tuple[int, int, int]:
     return host_bytes() or 0, len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
 
 
-def observe(folder: pathlib.Path, done: threading.Event, counts: dict, errors: list) -> None:
-    """Sample and evaluate the run on disk, again and again."""
-    while not done.is_set():
-        if not CheckpointStore(folder / "checkpoints").steps():
-            done.wait(0.5)
-            continue
+def observe(folder: pathlib.Path) -> None:
+    """Sample and evaluate the run on disk, again and again; one line on stdout for each."""
+    while True:
         for words in (
             ["sample", folder, "--n", 64, "--steps", 4, "--out", folder / "drawn"],
             ["eval", folder, "--n", 64, "--seeds", 1],
         ):
-            code = cli.main([str(word) for word in words])
-            counts[words[0]] = counts.get(words[0], 0) + 1
-            if code:
-                errors.append(f"{words[0]} ended with {code}")
-            if done.wait(1.0):
-                return
+            if CheckpointStore(folder / "checkpoints").steps():
+                with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.redirect_stderr(said):
+                    code = cli.main([str(word) for word in words])
+                noise = "damaged" in said.getvalue() or "could not" in said.getvalue()
+                print(words[0], "failed" if code or noise else "done", flush=True)
+            time.sleep(0.5)
 
 
-def soak(folder: pathlib.Path, seconds: float, every: int) -> tuple[list, dict, list, int]:
-    """Run everything for `seconds`.   Returns: the readings, how often things were done, errors, the exit code."""
-    readings, counts, errors, done = [], {}, [], threading.Event()
+def soak(folder: pathlib.Path, seconds: float, every: int) -> tuple[list, list, int]:
+    """Run everything for `seconds`.   Returns: the readings, what the other process did, the exit code of the training."""
+    readings, lines, done = [], [], threading.Event()
+    words = [sys.executable, "-m", "experiments.faults.soak", str(folder)]
+    child = subprocess.Popen(words, env=job.environment(), stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+
+    def listen() -> None:
+        lines.extend(iter(child.stdout.readline, ""))
 
     def watch() -> None:
-        while counts.get("eval", 0) < 2:  # the time begins when everything is compiled
+        while len(lines) < WARM_CALLS:  # the time begins when everything is compiled
             if done.wait(0.5):
                 return
         began = time.perf_counter()
@@ -78,24 +82,28 @@ def soak(folder: pathlib.Path, seconds: float, every: int) -> tuple[list, dict, 
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
 
-    threads = [
-        threading.Thread(target=watch, daemon=True),
-        threading.Thread(target=observe, args=(folder, done, counts, errors), daemon=True),
-    ]
-    words = [*TRAIN, "--run", str(folder), f"--training.save-every={every}", f"--training.sample-every={every}"]
+    threads = [threading.Thread(target=target, daemon=True) for target in (listen, watch)]
     for thread in threads:
         thread.start()
-    code = cli.main(words)
-    done.set()
+    try:
+        code = cli.main(
+            [*TRAIN, "--run", str(folder), f"--training.save-every={every}", f"--training.sample-every={every}"]
+        )
+    finally:
+        done.set()
+        child.kill()
+        child.wait()
     for thread in threads:
-        thread.join(timeout=120)
-    return readings, counts, errors, code
+        thread.join(timeout=60)
+    child.stdout.close()
+    return readings, lines, code
 
 
 def run(folder: pathlib.Path, quick: bool) -> Iterator[Row]:
     """Five minutes (quick: 20 seconds) of training, saving, sampling and evaluating at once."""
     job.cache()
     seconds, growth = (QUICK, QUICK_GROWTH) if quick else (SECONDS, GROWTH)
+    every = 500 if quick else 2000
     place, temporary = folder / "run", folder / "temporary"
     temporary.mkdir()
     before = tempfile.tempdir
@@ -103,17 +111,17 @@ def run(folder: pathlib.Path, quick: bool) -> Iterator[Row]:
     said = io.StringIO()
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
-            readings, counts, errors, code = soak(place, seconds, 500 if quick else 2000)
+            readings, lines, code = soak(place, seconds, every)
     finally:
         tempfile.tempdir = before
-    steps = CheckpointStore(place / "checkpoints").steps()
-    lines = [json.loads(line) for line in (place / "metrics.jsonl").read_text().splitlines()]
-    saves = len([line for line in lines if line["step"] % (500 if quick else 2000) == 0])
+    step = CheckpointStore(place / "checkpoints").steps()[-1]
     failed = [line for line in said.getvalue().splitlines() if "could not" in line or "damaged" in line]
+    failed += [line for line in lines if "failed" in line]
+    count = {name: sum(line.startswith(name) for line in lines) for name in ("sample", "eval")}
     yield Row(
-        f"{seconds:.0f} s of training, sampling, evaluating", 1, int(code == 143 and not errors and not failed),
-        f"{steps[-1]} steps, {saves} saves and drawings, {counts.get('sample', 0)} times sampled and "
-        f"{counts.get('eval', 0)} times evaluated from disk; {len(errors) + len(failed)} errors{''.join(failed[:1])}",
+        f"{seconds:.0f} s of training, sampling, evaluating", 1, int(code == 143 and not failed),
+        f"{step} steps, {step // every} times saved and drawn, from disk {count['sample']} times sampled and "
+        f"{count['eval']} times evaluated; {len(failed)} errors{''.join(failed[:1])}",
     )  # fmt: skip
 
     flat = [row for row in readings if row[0] > WARM * seconds]
@@ -139,3 +147,7 @@ def run(folder: pathlib.Path, quick: bool) -> Iterator[Row]:
         f"at most {most['threads'][0]} then {most['threads'][1]} threads, {most['files'][0]} then {most['files'][1]} open "
         f"files; {len(left)} left behind",
     )  # fmt: skip
+
+
+if __name__ == "__main__":
+    observe(pathlib.Path(sys.argv[1]))
