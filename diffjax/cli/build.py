@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from diffjax import data as data_
 from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
 from diffjax.cli.config import Model, Objective, Path, Sampler, Train, Training
-from diffjax.training import Layout, TrainStep, dynamics, ema, make_train_step, optimizer
+from diffjax.training import Layout, TrainStep, devices, dynamics, ema, make_train_step, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
 AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
@@ -204,6 +205,13 @@ def train_step(config: Train, shape: tuple[int, ...], num_classes: int | None) -
         augment=None if t.augment == "none" else Augment(t.augment),
         monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
     )  # fmt: skip
+
+
+def parallel(config: Training) -> Any:
+    """How a run meets its devices, as `fit` takes it."""
+    if not config.offload:
+        return config.parallel
+    return functools.partial(devices.mesh, offload=("ema", "opt_state"))
 
 
 def averages(config: Training) -> dict[str, Any]:

@@ -129,6 +129,8 @@ def layout(settings: Train, devices: int) -> int:
             f"--training.layout.fsdp {t.layout.fsdp} x model {t.layout.model} x sequence {t.layout.sequence} = {product} "
             f"must divide the {devices} devices"
         )
+    if t.offload and t.parallel != "mesh":
+        raise ValueError(f"--training.offload is done by --training.parallel mesh; got {t.parallel}")
     if product > 1 and t.parallel == "pmap":
         raise ValueError(
             "--training.parallel pmap keeps the whole state on every device; use mesh or shard_map with a layout"

@@ -132,6 +132,8 @@ class Training:
     parallel: Literal["mesh", "pmap", "shard_map"] = "mesh"
     """how several devices share the work; the numbers are the same"""
     layout: Layout = dataclasses.field(default_factory=Layout)
+    offload: bool = False
+    """keep averages and moments in the memory of the host between calls (mesh)"""
     per_dispatch: int | None = None
     """steps for each call of the device; default by the size of the model"""
     save_every: int = 1000
@@ -238,6 +240,7 @@ EXTENDABLE = (  # may differ, and config.json follows
     "training.layout.fsdp",
     "training.layout.model",
     "training.layout.sequence",
+    "training.offload",
     "data_directory",
 )
 

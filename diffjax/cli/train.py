@@ -234,10 +234,10 @@ def main(args: config.Train) -> int:
     with store, batches:
         try:
             result = training.fit(
-                start, train_step, batches, steps=t.steps, parallel=t.parallel, layout=layout, per_dispatch=t.per_dispatch,
-                store=store, save_every=t.save_every, resume=resume, hooks=hooks, log_every=t.log_every,
-                metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad,
-                max_rewinds=t.max_rewinds, grace=settings.grace, watchdog=watchdog(settings, folder),
+                start, train_step, batches, steps=t.steps, parallel=build.parallel(t), layout=layout,
+                per_dispatch=t.per_dispatch, store=store, save_every=t.save_every, resume=resume, hooks=hooks,
+                log_every=t.log_every, metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped,
+                on_bad=t.on_bad, max_rewinds=t.max_rewinds, grace=settings.grace, watchdog=watchdog(settings, folder),
                 **work(settings, train_step, shapes, shape, classes),
                 profile=training.Profile(folder / "profile", settings.profile) if settings.profile else None,
             )  # fmt: skip

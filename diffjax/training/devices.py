@@ -102,7 +102,12 @@ def steps_per_dispatch(params: PyTree, batch_size: int) -> int:
 
 
 def mesh(
-    train_step: Step, *, devices: Sequence[Any] | None = None, per_dispatch: int = 1, layout: Layout | None = None
+    train_step: Step,
+    *,
+    devices: Sequence[Any] | None = None,
+    per_dispatch: int = 1,
+    layout: Layout | None = None,
+    offload: Sequence[str] = (),
 ) -> Driver:
     """`jit` over the mesh of a layout; the compiler places the collectives. The default driver.
 
@@ -115,10 +120,14 @@ def mesh(
         devices: default all.
         per_dispatch: most steps per call.
         layout: sizes of the mesh axes and rules for the parameters; default all devices on `data`.
+        offload: fields of the state, of `ema` and `opt_state`, that lie in the memory of the host between calls. They
+            travel to the devices and back in every call, so it pays with large models and several steps per call.
 
-    Raises: ValueError: a layout that does not use every device, or rules that do not fit the state.
+    Raises: ValueError: a layout that does not use every device, rules that do not fit the state, or a backend that has
+        no memory of the host.
     """
     layout, grid, shardings, put = _laid_out(devices, layout)
+    resting = placement.offloaded(shardings, grid, tuple(offload)) if offload else shardings
 
     def gradients(f: Callable) -> Callable:
         # Told here how a gradient is cut, the compiler need not reduce more of it than each device keeps.
@@ -133,11 +142,13 @@ def mesh(
         return pinned
 
     def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
+        state = jax.device_put(state, shardings(state)) if offload else state
         with jax.sharding.use_abstract_mesh(grid.abstract_mesh):  # what `constrain` in a network speaks of
-            return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients)
+            new, metrics = _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients)
+        return jax.device_put(new, resting(new)) if offload else new, metrics
 
     return Driver(
-        "mesh", layout.data * layout.fsdp, per_dispatch, shardings, put,
+        "mesh", layout.data * layout.fsdp, per_dispatch, resting, put,
         jax.jit(run, donate_argnums=0), getattr(train_step, "accumulate", 1),
     )  # fmt: skip
 

@@ -15,6 +15,7 @@ from diffjax.training.layouts import AXES, Layout
 from diffjax.training.state import TrainState
 
 ROWS = ("data", "fsdp")  # the axes that share the batch
+OFFLOADABLE, HOST = ("ema", "opt_state"), "pinned_host"
 
 
 def grid(layout: Layout, devices: Sequence[Any]) -> Mesh:
@@ -55,6 +56,28 @@ def shardings(layout: Layout, mesh: Mesh | AbstractMesh, state: TrainState) -> P
         return NamedSharding(mesh, plain.spec(_path(path), a.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, state)
+
+
+def offloaded(
+    shardings: Callable[[TrainState], PyTree], mesh: Mesh, fields: tuple[str, ...]
+) -> Callable[[TrainState], PyTree]:
+    """`shardings` with some fields of the state in the memory of the host.
+
+    Raises: ValueError: fields other than ema and opt_state; a backend without such memory.
+    """
+    if wrong := sorted(set(fields) - set(OFFLOADABLE)):
+        raise ValueError(f"offload may name {' and '.join(OFFLOADABLE)}; got {', '.join(wrong)}")
+    first = mesh.devices.flat[0]
+    kinds = [memory.kind for memory in first.addressable_memories()]
+    if HOST not in kinds:
+        raise ValueError(f"offload needs memory of the kind {HOST}; {first.device_kind} has {', '.join(kinds)}")
+
+    def resting(state: TrainState) -> PyTree:
+        moved = lambda tree: jax.tree.map(lambda s: s.with_memory_kind(HOST), tree)
+        laid_out = shardings(state)
+        return dataclasses.replace(laid_out, **{name: moved(getattr(laid_out, name)) for name in fields})
+
+    return resting
 
 
 def specs(layout: Layout, params: PyTree) -> PyTree:

@@ -12,13 +12,23 @@ import diffjax
 
 
 def test_a_run_may_cut_its_state_and_go_on_with_another_layout(trained, call):
-    code, _, err = call("train", "gaussians", "--run", "cut", "--no-scores", *TINY, "--training.layout.fsdp", "4")
+    code, _, err = call(
+        "train", "gaussians", "--run", "cut", "--no-scores", *TINY, "--training.layout.fsdp", "4", "--training.offload"
+    )
     assert code == 0, err
     found, wanted = ([r["loss"] for r in losses(folder)] for folder in ("cut", trained[0]))
     np.testing.assert_allclose(found, wanted, rtol=1e-3)
     code, _, err = call(
         *["train", "--resume", "cut", "--no-scores", "--training.steps", "35"],
-        *["--training.layout.fsdp", "2", "--training.layout.model", "2", "--training.parallel", "shard_map"],
+        *[
+            "--training.layout.fsdp",
+            "2",
+            "--training.layout.model",
+            "2",
+            "--training.parallel",
+            "shard_map",
+            "--training.no-offload",
+        ],
     )
     assert code == 0, err
     stored = json.loads(pathlib.Path("cut/config.json").read_text())["training"]
@@ -30,6 +40,7 @@ BAD = {
     "moons --training.layout.fsdp 3": r"fsdp 3 x model 1 x sequence 1 = 3 must divide the 8 devices",
     "moons --training.layout.fsdp 0": r"--training.layout.fsdp must be at least 1; got 0",
     "moons --training.layout.fsdp 2 --training.parallel pmap": r"pmap keeps the whole state .* use mesh or shard_map",
+    "moons --training.offload --training.parallel pmap": r"offload is done by --training.parallel mesh; got pmap",
     "moons --training.layout.sequence 2": r"sequence 2 needs --model.network dit, which has a sequence; got mlp",
     "digits --model.network dit --model.heads 2 --training.layout.model 4": r"must divide --model.heads 2",
     "digits --model.network dit --model.patch 4 --training.layout.sequence 8": r"4 tokens cannot be cut into 8 parts",
