@@ -90,9 +90,9 @@ def test_heads_are_sorted_for_the_cut_and_a_key_gives_what_it_gave_unsorted():
     """Against attention written out, with q, k and v from one draw of a kernel [d, 3 d] in this order."""
     heads, d, x = 2, 6, np.random.default_rng(0).normal(size=(2, 5, 6)).astype(np.float32)
     net = networks.Attention(heads)
-    params = net.init(jax.random.key(0), x)["params"]
+    params = jax.jit(net.init)(jax.random.key(0), x)["params"]
     plain = np.asarray(params["qkv"]["kernel"]).reshape(d, heads, 3, -1).swapaxes(1, 2).reshape(d, 3 * d)
-    np.testing.assert_array_equal(plain, Unsorted(3 * d).init(jax.random.key(0), x)["params"]["qkv"]["kernel"])
+    np.testing.assert_array_equal(plain, jax.jit(Unsorted(3 * d).init)(jax.random.key(0), x)["params"]["qkv"]["kernel"])
     q, k, v = (a.reshape(2, 5, heads, -1) for a in np.split(x @ plain, 3, axis=-1))
     logits = np.einsum("bthd,bshd->bhts", q, k) / np.sqrt(d // heads)
     weights = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
