@@ -14,7 +14,7 @@ from diffjax.training.ema import describe
 from diffjax.training.record import Recorder
 from diffjax.training.state import TrainState
 from diffjax.training.store import CheckpointStore
-from diffjax.training.watch import Watch, say
+from diffjax.training.watch import Watch, say, trim
 
 
 class Source:
@@ -106,6 +106,7 @@ class Course:
             page |= self._extra
             if self.store.save(self.step, self.state, data=where, examples=self.examples, metrics=metrics, extra=page):
                 self.saved = self.step
+            trim()
 
     def finish(self) -> None:
         """Save what is not saved, and wait until it is on disk."""
