@@ -32,7 +32,7 @@ from diffjax.training import CheckpointStore, partial
 from diffjax.training.tensors import SUFFIX
 from diffjax.types import Denoiser
 
-FORMAT = 1
+FORMAT = 2  # 1: the columns of q, k and v were not sorted by head
 POSTHOC = "posthoc_"  # names of averages made after the run
 
 
@@ -166,10 +166,18 @@ def read(folder: pathlib.Path) -> tuple[config.Train, dict[str, Any]]:
         raise ValueError(f"{path} is damaged: its format must be an integer; got {version!r}")
     if version > FORMAT:
         raise ValueError(f"{folder} has run format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
+    settings = read_config(folder)
+    if version < 2 and (
+        settings.model.network == "dit" or settings.model.network == "unet" and settings.model.attention
+    ):
+        raise ValueError(
+            f"{folder} was made when the columns of attention's q, k and v had another order, which this diffjax does not "
+            f"read; train it again: diffjax train --config {folder}"
+        )
     lacks = [k for k in ("shape", "num_classes", "labels", "transform") if k not in about]
     if lacks:
         raise ValueError(f"{path} is damaged: it lacks {', '.join(lacks)}")
-    return read_config(folder), about
+    return settings, about
 
 
 def check_steps(folder: pathlib.Path) -> list[int]:

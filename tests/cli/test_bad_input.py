@@ -183,7 +183,7 @@ def test_damaged_and_newer_folders(call, copied, nothing_expensive):
     about.write_text("{")
     each(r"model.json is damaged")
     edit(about, format=7)
-    each(r"has run format 7; this diffjax reads up to 1. Upgrade")
+    each(r"has run format 7; this diffjax reads up to 2. Upgrade")
     about.write_text('{"format": 1}')
     each(r"model.json is damaged: it lacks shape, num_classes, labels, transform")
     about.unlink()

@@ -16,6 +16,7 @@ from cli_tools import TINY, losses, png_size, same_leaves
 import diffjax
 from diffjax import references
 from diffjax.cli import COMMANDS, config, plot, train
+from diffjax.cli import run as runs
 
 
 def test_a_run_folder_is_complete_and_readable(trained):
@@ -26,7 +27,7 @@ def test_a_run_folder_is_complete_and_readable(trained):
     settings = config.from_json((folder / "config.json").read_text())
     assert (settings.data, settings.training.steps, settings.model.network) == ("gaussians", 30, "mlp")
     about = json.loads((folder / "model.json").read_text())
-    assert about["num_classes"] == 8 and about["shape"] == [2] and about["format"] == 1
+    assert about["num_classes"] == 8 and about["shape"] == [2] and about["format"] == 2
     assert [p.name for p in sorted((folder / "samples").iterdir())] == ["step_0000015.png", "step_0000030.png"]
     assert min(png_size(folder / "samples" / "step_0000030.png")) > 50
     assert png_size(folder / "loss.png") == (720, 420)
@@ -246,3 +247,14 @@ def test_values_of_earlier_versions_are_read():
     for old, new in ((True, "full"), (False, "none")):
         text = config.to_json(config.preset("moons")).replace('"remat": "none"', f'"remat": {str(old).lower()}')
         assert config.from_json(text).model.remat == new
+
+
+def test_attention_of_another_order_of_columns_is_refused(tmp_path):
+    (tmp_path / "model.json").write_text(
+        json.dumps({"format": 1, "shape": [8, 8, 1], "num_classes": 10, "labels": None, "transform": {}})
+    )
+    (tmp_path / "config.json").write_text(config.to_json(config.preset("digits")))
+    with pytest.raises(ValueError, match="q, k and v had another order.*train --config"):
+        runs.read(tmp_path)
+    (tmp_path / "config.json").write_text(config.to_json(config.preset("moons")))  # an MLP without attention
+    assert runs.read(tmp_path)[1]["format"] == 1
