@@ -93,7 +93,8 @@ def numbers(settings: Train, devices: int | None = None) -> None:
             value = getattr(value, part)
         number(name, value, rule)
     path, t = settings.process, settings.training
-    if t.noise_scale and t.accumulate < 2 and (t.parallel == "mesh" or jax.device_count() == 1):
+    devices = devices or jax.device_count()
+    if t.noise_scale and t.accumulate < 2 and (t.parallel == "mesh" or devices == 1):
         raise ValueError(
             "--training.noise-scale compares gradients of parts of the batch; add --training.accumulate 2, or train by "
             "shard_map or pmap on several devices"
@@ -106,7 +107,7 @@ def numbers(settings: Train, devices: int | None = None) -> None:
         raise ValueError(
             f"this is one of {jax.process_count()} machines of a pod; start it with --hosts.coordinator auto"
         )
-    devices = layout(settings, devices or jax.device_count())
+    devices = layout(settings, devices)
     if t.batch_size % devices:
         near = max(1, round(t.batch_size / devices)) * devices
         raise ValueError(

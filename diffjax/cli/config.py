@@ -201,7 +201,7 @@ class Train:
     config: str | None = None
     """config.json (or run folder) to take the options from, for a new run"""
     init: str | None = None
-    """weights to begin with, of RUN, RUN:ema_0.999, RUN:params or FILE.safetensors; the optimiser begins afresh"""
+    """weights of the network to begin with: RUN, RUN:ema_0.999, RUN:params or FILE.safetensors; all else begins afresh"""
     seed: int = 0
     """of parameters, noise, order and splits of the data"""
     image_size: int | None = None
@@ -236,11 +236,16 @@ FREE = ("scores", "grace", "watchdog", "abort_on_hang", "peak_flops")
 OLDER = {("model.remat", True): "full", ("model.remat", False): "none"}  # values that earlier versions wrote
 EXTENDABLE = (  # may differ, and config.json follows
     "training.steps",
+    "training.accumulate",
     "training.parallel",
     "training.layout.fsdp",
     "training.layout.model",
     "training.layout.sequence",
     "training.offload",
+    "training.on_bad",
+    "training.max_skipped",
+    "training.max_rewinds",
+    "model.remat",
     "data_directory",
 )
 

@@ -111,8 +111,9 @@ def main(args: Ema) -> int:
             )
     if scored:
         score = next(iter(scored[made[0][0]]))
-        best = min((name for name in scored if math.isfinite(scored[name][score])), key=lambda n: scored[n][score])
-        console.show(f"best     {best} by {score}")
+        finite = [name for name in scored if math.isfinite(scored[name][score])]
+        best = min(finite, key=lambda n: scored[n][score], default=None)
+        console.show(f"best     {best} by {score}" if best else f"best     none: no {score} is finite")
     where = folder / "ema" if args.out is None else pathlib.Path(args.out)
     console.show(f"written  {', '.join(str(where / f'{name}{tensors.SUFFIX}') for name, _ in made)}")
     if args.out is None:

@@ -11,9 +11,8 @@ import jax.numpy as jnp
 import tyro
 
 from diffjax import networks, training
-from diffjax.cli import build, config, console
+from diffjax.cli import config, console
 from diffjax.cli import run as runs
-from diffjax.training import ema
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +22,7 @@ class Export:
     run: Annotated[str, tyro.conf.Positional]
     """run folder"""
     weights: str | None = None
-    """ema (the first average), ema_0.999, ... or params; default the first average"""
+    """ema (the first average), ema_0.999, ..., posthoc_0.07 (see `diffjax ema`) or params; default the first average"""
     checkpoint: int | None = None
     """step to export; default the newest"""
     format: Literal["safetensors"] = "safetensors"
@@ -34,29 +33,24 @@ class Export:
     """file to write; default RUN/export/WEIGHTS-STEP.safetensors"""
 
 
-def describe(settings: config.Train, about: dict[str, Any], found: training.Part, weights: str) -> dict[str, Any]:
+def describe(settings: config.Train, about: dict[str, Any], found: runs.Weights) -> dict[str, Any]:
     """The metadata of a file: configuration, data, step, and which average it holds."""
-    average = found.page.get("ema", {}).get(weights)
-    width = {} if (average or {}).get("kind") != "power" else {"sigma_rel": f"{ema.exp_to_std(average['gamma']):.6g}"}
-    return {
-        "config": config.to_json(settings), "model": about, "step": found.step, "weights": weights,
-        **({} if average is None else {"average": average}), **width,
-    }  # fmt: skip
+    source = {"config": config.to_json(settings), "model": about}
+    return {**source, "step": found.step, "weights": found.name, **found.about}
 
 
 def main(args: Export) -> int:
     """Run the command."""
     settings, about = runs.read(pathlib.Path(args.run))
-    weights, found = runs.weights_of(pathlib.Path(args.run), args.weights, args.checkpoint)
-    found = found._replace(tree=build.of_network(settings.objective, found.tree))
-    default = pathlib.Path(args.run) / "export" / f"{weights}-{found.step}.safetensors"
+    found = runs.weights_of(pathlib.Path(args.run), args.weights, args.checkpoint)
+    default = pathlib.Path(args.run) / "export" / f"{found.name}-{found.step}.safetensors"
     path = training.export_safetensors(
-        found.tree, default if args.out is None else args.out, describe(settings, about, found, weights),
+        found.params, default if args.out is None else args.out, describe(settings, about, found),
         dtype=None if args.dtype is None else jnp.dtype(args.dtype),
     )  # fmt: skip
-    kinds = sorted({str(a.dtype) for a in jax.tree.leaves(found.tree)}) if args.dtype is None else [args.dtype]
+    kinds = sorted({str(a.dtype) for a in jax.tree.leaves(found.params)}) if args.dtype is None else [args.dtype]
     console.show(
-        f"weights  {path}  ({weights} of step {found.step}, {networks.parameter_count(found.tree):,} parameters, "
+        f"weights  {path}  ({found.name} of step {found.step}, {networks.parameter_count(found.params):,} parameters, "
         f"{', '.join(kinds)}, {path.stat().st_size:,} bytes)"
     )
     return 0

@@ -20,7 +20,7 @@ import os
 import pathlib
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -28,7 +28,7 @@ import numpy as np
 from diffjax import networks, training
 from diffjax.cli import build, config
 from diffjax.data import DataTransform
-from diffjax.training import CheckpointStore, partial
+from diffjax.training import CheckpointStore, ema, partial
 from diffjax.training.tensors import SUFFIX
 from diffjax.types import Denoiser
 
@@ -199,12 +199,25 @@ def initialiser(settings: config.Train, shape: tuple[int, ...], num_classes: int
     return lambda key: build.trained(settings.objective, fn.init(key, *inputs))
 
 
-def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> tuple[str, training.Part]:
-    """The parameters of a run under that name ('ema' is the first average), and the name in full.
+class Weights(NamedTuple):
+    """Parameters of a run's network, and what is known of them: `average`, as a checkpoint describes it, or `sigma_rel`."""
+
+    name: str
+    params: Any
+    step: int
+    about: dict[str, Any]
+
+
+def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> Weights:
+    """The parameters of a run's network under that name; 'ema' is the first average, 'posthoc_...' made by `diffjax ema`.
 
     Raises: ValueError: unknown weights, no usable checkpoint.
     """
     settings, about = read(folder)
+    template = jax.eval_shape(initialiser(settings, tuple(about["shape"]), about["num_classes"]), jax.random.key(0))
+    if weights in made_afterwards(folder):
+        like = build.of_network(settings.objective, template)
+        return _read_average(folder / "ema" / f"{weights}{SUFFIX}", like, step)
     averages = tuple(build.averages(settings.training))
     choices = (*averages, "params")
     if weights is None or weights == "ema" and averages:
@@ -215,14 +228,18 @@ def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> t
             f"weights must be one of {', '.join((*choices, *made_afterwards(folder)))}; got {weights!r}{hint}"
         )
     check_steps(folder)
-    template = jax.eval_shape(initialiser(settings, tuple(about["shape"]), about["num_classes"]), jax.random.key(0))
     part = weights if weights == "params" else f"ema/{weights}"
     with CheckpointStore(folder / "checkpoints") as store:
-        return weights, store.restore_part(template, part, step)
+        found = store.restore_part(template, part, step)
+    average = found.page.get("ema", {}).get(weights)
+    known = {} if average is None else {"average": average}
+    if known and average["kind"] == "power":
+        known["sigma_rel"] = f"{ema.exp_to_std(average['gamma']):.6g}"
+    return Weights(weights, build.of_network(settings.objective, found.tree), found.step, known)
 
 
 def start_from(source: str, template: Any) -> Any:
-    """The parameters of `source`, RUN or RUN:WEIGHTS or FILE.safetensors, for a new run of the same shapes.
+    """The network's parameters of `source`, RUN or RUN:WEIGHTS or FILE.safetensors, in the shapes of `template`.
 
     Raises: ValueError: nothing there, or weights that do not fit, naming them.
     """
@@ -232,12 +249,12 @@ def start_from(source: str, template: Any) -> Any:
     try:
         if path.endswith(".safetensors"):
             return training.load_safetensors(path, template).params
-        name, found = weights_of(pathlib.Path(path), weights, None)
-        partial.match(partial.outline(found.tree), template, source=f"{name} of step {found.step} of {path}")
+        found = weights_of(pathlib.Path(path), weights, None)
+        partial.match(partial.outline(found.params), template, source=f"{found.name} of step {found.step} of {path}")
     except ValueError as error:
         reason = str(error).replace(partial.WAY_OUT, "\nuse the --model options and the kind of data of that run")
         raise ValueError(f"--init {source}: {reason}") from None
-    return found.tree
+    return found.params
 
 
 def made_afterwards(folder: pathlib.Path) -> list[str]:
@@ -245,8 +262,8 @@ def made_afterwards(folder: pathlib.Path) -> list[str]:
     return sorted(p.stem for p in (folder / "ema").glob(f"{POSTHOC}*{SUFFIX}"))
 
 
-def read_parameters(path: pathlib.Path, like: Any, step: int | None) -> tuple[Any, int]:
-    """`(parameters, step)` of a file that `diffjax ema` wrote.
+def _read_average(path: pathlib.Path, like: Any, step: int | None) -> Weights:
+    """What `diffjax ema` wrote.
 
     Raises: ValueError: damaged, of another network, or of another step than the one asked for.
     """
@@ -259,7 +276,7 @@ def read_parameters(path: pathlib.Path, like: Any, step: int | None) -> tuple[An
         raise ValueError(
             f"{path} is of step {at}; got --checkpoint {step}. Make another with `diffjax ema --step {step}`"
         )
-    return found.params, at
+    return Weights(path.stem, found.params, at, {"sigma_rel": found.metadata["sigma_rel"]})
 
 
 def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
@@ -274,15 +291,10 @@ def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int |
     folder = pathlib.Path(run)
     settings, about = read(folder)
     shape, classes = tuple(about["shape"]), about["num_classes"]
-    if weights is not None and weights.startswith(POSTHOC) and weights in made_afterwards(folder):
-        like = jax.eval_shape(initialiser(settings, shape, classes), jax.random.key(0))
-        like = build.of_network(settings.objective, like)
-        params, step = read_parameters(folder / "ema" / f"{weights}{SUFFIX}", like, step)
-    else:
-        weights, found = weights_of(folder, weights, step)
-        params, step = build.of_network(settings.objective, found.tree), found.step
+    found = weights_of(folder, weights, step)
     made = build.model(settings, shape, classes, training=False)
     return Run(
-        made(params), DataTransform.from_dict(about["transform"]), shape, classes,
-        tuple(about["labels"]) if about["labels"] else None, settings, step, folder, weights,
+        made(found.params), DataTransform.from_dict(about["transform"]), shape, classes,
+        tuple(about["labels"]) if about["labels"] else None, settings, found.step, folder,
+        found.name,
     )  # fmt: skip

@@ -6,24 +6,18 @@ import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from diffjax import data as data_
-from diffjax import networks, numerics, prediction, training
-from diffjax.cli import build, check, config, console, evaluate, launch, plan, plot
+from diffjax import networks, training
+from diffjax.cli import build, check, config, console, evaluate, hooks, launch, plan, plot
 from diffjax.cli import run as runs
-from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
-from diffjax.training import CheckpointStore, Hook, flops, hosts, snapshots
+from diffjax.cli.hooks import kept
+from diffjax.training import CheckpointStore, flops, hosts
 from diffjax.training import plan as plans
-
-COLUMNS = 10  # of a grid of pictures, and its rows
-POINTS = 4096  # of a scatter plot
-SNAPSHOTS = 64  # of averages, over a run
-WATCHED = 64  # items on which activations are measured
 
 
 def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
@@ -64,10 +58,11 @@ def write_settings(settings: config.Train, folder: pathlib.Path, store: Checkpoi
     """Keep what changed when a run is continued; only if there is a state to continue from."""
     stored = runs.read_config(folder)
     if config.differences(stored, settings) and any(store.check(s) is None for s in store.steps()[::-1]):
+        free = {name: getattr(stored, name) for name in config.FREE}
         old, new = stored.training.steps, settings.training.steps
         if old != new:
             console.note(f"steps go from {old} to {new}; the schedule of the learning rate is now that of {new} steps")
-        runs.write_text(folder / "config.json", config.to_json(dataclasses.replace(settings, scores=stored.scores)))
+        runs.write_text(folder / "config.json", config.to_json(dataclasses.replace(settings, **free)))
 
 
 def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> None:
@@ -78,53 +73,6 @@ def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> Non
         raise ValueError(
             f"{folder} is not seen by the processes {blind}; --run must lie on a disk that all of them share"
         )
-
-
-def pictures(
-    settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any, failures: list[str]
-) -> Any:
-    """The hook that draws the same samples at every interval into RUN/samples/."""
-    shape, classes = build.shape_of(dataset), dataset.num_classes
-    columns = min(classes or COLUMNS, 2 * COLUMNS)
-    show = COLUMNS * columns if len(shape) == 3 else POINTS
-    labels = choose_labels(None, show, min(classes, columns) if classes and len(shape) == 3 else classes)
-
-    def samples(step: int, state: Any) -> None:
-        trained = denoiser(state)
-        if not hosts.leader():
-            return
-        guided = build.guided(trained, settings.sampler.guidance)
-        x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, title=None)
-        path = folder / "samples" / f"step_{step:07d}.png"
-        kept(folder, f"the samples of step {step}", lambda: save_grid(path, dataset.transform, x, columns), failures)
-
-    return samples
-
-
-def activations(settings: config.Train, dataset: Any) -> Any:
-    """The hook that measures the activations at every tap of the network on the same noised items."""
-    shape, classes = build.shape_of(dataset), dataset.num_classes
-    vector = build.vector_size(settings.training)
-    net = networks.from_linen(build.network(settings.model, shape, classes, vector))
-    items = dataset.read("train", min(WATCHED, len(dataset.split("train"))))
-    path, times = build.process(settings.process), build.loss(settings.objective, classes).times
-    x0 = jnp.asarray(items["x"])
-    cond = {"label": items["label"]} if classes else {}
-    cond |= {"vector": jnp.zeros((len(x0), vector), x0.dtype)} if vector else {}
-
-    @jax.jit
-    def measure(params: Any) -> dict:
-        k_time, k_noise = jax.random.split(jax.random.key(settings.seed))
-        t = times(k_time, path, jnp.arange(len(x0)))
-        x = path.add_noise(x0, jax.random.normal(k_noise, x0.shape, x0.dtype), t)
-        x = numerics.scale(prediction.edm_scale(1.0)(path, t), x)
-        return networks.magnitudes(net, params, x, prediction.time_log_sigma(path, t), cond or None)
-
-    def hook(step: int, state: Any) -> dict:
-        params = hosts.gather(build.of_network(settings.objective, state.params))
-        return {f"activation_rms/{name}": float(v) for name, v in measure(params).items()}
-
-    return hook
 
 
 def work(settings: config.Train, train_step: Any, params: Any, shape: tuple[int, ...], classes: int | None) -> dict:
@@ -161,16 +109,6 @@ def watchdog(settings: config.Train, folder: pathlib.Path) -> training.Watchdog 
     return training.Watchdog(settings.watchdog, folder, settings.abort_on_hang)
 
 
-def kept(folder: pathlib.Path, what: str, make: Callable[[], Any], failures: list[str]) -> Any:
-    """What `make` wrote; a full disk is reported and kept in `failures`, since the training is done and saved."""
-    try:
-        return make()
-    except OSError as error:
-        failures.append(f"{what} could not be written to {folder}: {error}")
-        console.note(failures[-1])
-        return None
-
-
 def main(args: config.Train) -> int:
     """Run the command."""
     began = time.monotonic()
@@ -195,7 +133,8 @@ def main(args: config.Train) -> int:
     count = networks.parameter_count(build.of_network(settings.objective, shapes))
     start = functools.partial(training.init_sharded, init, optimizer, settings.seed, emas=averages)
     if settings.init is not None and not resume:
-        start = training.init_state(runs.start_from(settings.init, shapes), optimizer, settings.seed, emas=averages)
+        begin = runs.start_from(settings.init, build.of_network(settings.objective, shapes))
+        start = training.init_state(build.trained(settings.objective, begin), optimizer, settings.seed, emas=averages)
     store = CheckpointStore(folder / "checkpoints", best="loss", say=console.note)
     if resume:
         hosts.first(lambda: write_settings(settings, folder, store))
@@ -219,14 +158,6 @@ def main(args: config.Train) -> int:
         return denoiser_of(jax.tree.map(jnp.asarray, hosts.gather(params)))
 
     failures: list[str] = []
-    hooks = []
-    if drawable(shape):
-        hooks.append(Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver, failures), "samples"))
-    if t.magnitudes:
-        hooks.append(Hook(t.sample_every, activations(settings, dataset), "activations"))
-    if t.ema_power:
-        every = t.snapshot_every or max(1, t.steps // SNAPSHOTS)
-        hooks.append(snapshots.hook(folder / "ema", every, averages, dtype=t.snapshot_dtype, say=console.note))
     batches = data_.batches(
         dataset, "train", t.batch_size, seed=settings.seed,
         process_index=jax.process_index(), process_count=jax.process_count(),
@@ -235,9 +166,10 @@ def main(args: config.Train) -> int:
         try:
             result = training.fit(
                 start, train_step, batches, steps=t.steps, parallel=build.parallel(t), layout=layout,
-                per_dispatch=t.per_dispatch, store=store, save_every=t.save_every, resume=resume, hooks=hooks,
-                log_every=t.log_every, metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped,
-                on_bad=t.on_bad, max_rewinds=t.max_rewinds, grace=settings.grace, watchdog=watchdog(settings, folder),
+                per_dispatch=t.per_dispatch, store=store, save_every=t.save_every, resume=resume,
+                hooks=hooks.of(settings, folder, dataset, denoiser, solver, failures), log_every=t.log_every,
+                metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad, max_rewinds=t.max_rewinds,
+                grace=settings.grace, watchdog=watchdog(settings, folder),
                 **work(settings, train_step, shapes, shape, classes),
                 profile=training.Profile(folder / "profile", settings.profile) if settings.profile else None,
             )  # fmt: skip

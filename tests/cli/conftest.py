@@ -8,7 +8,7 @@ from typing import NamedTuple
 import pytest
 from cli_tools import TINY
 
-from diffjax.cli import evaluate, main, train
+from diffjax.cli import evaluate, hooks, main
 
 
 class Result(NamedTuple):
@@ -32,7 +32,7 @@ def call(capsys):
 def small(patch):
     """Fewer points in pictures and scores, all of one size, so that one compiled sampler serves them all."""
     patch.setattr(evaluate, "LARGEST", 64)
-    patch.setattr(train, "POINTS", 64)
+    patch.setattr(hooks, "POINTS", 64)
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,8 @@ from cli_tools import TINY
 
 import diffjax
 from diffjax import networks, training
+from diffjax.cli import hooks, sample, train
 from diffjax.cli import run as runs
-from diffjax.cli import sample, train
 from diffjax.training import store
 
 
@@ -276,7 +276,7 @@ def full(*_, **__):
 def test_a_full_disk_for_pictures_and_checkpoints_keeps_the_last_good_state(call, monkeypatch):
     write = store.CheckpointStore._write_manifest
     monkeypatch.setattr(store.CheckpointStore, "_write_manifest", lambda s: full() if s._saving > 10 else write(s))
-    monkeypatch.setattr(train, "save_grid", full)
+    monkeypatch.setattr(hooks, "save_grid", full)
     code, out, err = call("train", "gaussians", "--run", "r", *TINY, "--no-scores")
     assert "the samples of step 15 could not be written" in err  # and training goes on
     assert code == 1 and "the last checkpoint on disk is step 10" in err and "No space left" in err

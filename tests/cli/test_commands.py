@@ -15,7 +15,7 @@ from cli_tools import TINY, losses, png_size, same_leaves
 
 import diffjax
 from diffjax import references
-from diffjax.cli import COMMANDS, config, plot, train
+from diffjax.cli import COMMANDS, config, hooks, plot
 from diffjax.cli import run as runs
 
 
@@ -117,14 +117,14 @@ def test_the_configuration_is_enough_to_train_the_same_again(trained, call):
 
 def stop_at(monkeypatch, number, step):
     """Send this process a signal in the middle of training, while the samples of a step are drawn."""
-    draw = train.save_grid
+    draw = hooks.save_grid
 
     def save_grid(path, *rest):
         if path.name == f"step_{step:07d}.png":
             os.kill(os.getpid(), number)
         return draw(path, *rest)
 
-    monkeypatch.setattr(train, "save_grid", save_grid)
+    monkeypatch.setattr(hooks, "save_grid", save_grid)
 
 
 def test_ctrl_c_while_training_saves_and_exits_with_130(call, monkeypatch):
