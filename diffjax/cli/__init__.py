@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import inspect
 import os
 import pathlib
 import sys
@@ -130,7 +131,7 @@ def _launch(argv: list[str]) -> int:
 
 
 def _parse(kind: Any, command: str, argv: list[str], **options: Any) -> Any:
-    description = f"{kind.__doc__}\n\n{EXITS}"
+    description = f"{inspect.getdoc(kind)}\n\n{EXITS}"
     return tyro.cli(kind, prog=f"diffjax {command}", description=description, args=argv, **options)
 
 

@@ -29,7 +29,8 @@ class Launch:
     """Start several processes of one program: `diffjax launch -n 4 -- train digits`, or a script: `-- script.py WORDS`.
 
     The program joins them with `hosts.start()`, as `diffjax train` does. On several machines, launch on each of them with
-    the same --nodes and --coordinator, and its own --node-rank.
+    the same --nodes and --coordinator, and its own --node-rank. When a process dies the others are stopped, and the exit
+    code is its own, or 128 + the signal that killed it.
     """
 
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])]

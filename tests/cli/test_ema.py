@@ -9,7 +9,9 @@ from cli_tools import TINY
 
 import diffjax
 from diffjax.cli import main
+from diffjax.cli import run as runs
 from diffjax.training import load_safetensors, snapshots
+from diffjax.training.partial import named
 
 OPTIONS = ["--training.ema-power", "0.05", "0.1", "--training.snapshot-every", "3", "--no-scores"]
 
@@ -46,6 +48,18 @@ def test_an_average_is_made_described_and_used(run, call):
     assert code == 0 and "posthoc_0.07 of step 30" in out
     code, out, err = call("sample", run, "--weights", "posthoc_0.2")
     assert code == 2 and "posthoc_0.07, posthoc_0.1, posthoc_0.28; got 'posthoc_0.2'" in err and "diffjax ema" in err
+
+
+def test_an_average_is_exported_and_begun_with(run, call):
+    assert call("ema", run, "--sigma-rel", 0.07).code == 0
+    code, out, _ = call("export", run, "--weights", "posthoc_0.07", "-o", "file.safetensors")
+    assert code == 0 and "(posthoc_0.07 of step 30, " in out
+    found = load_safetensors("file.safetensors")
+    assert found.metadata["sigma_rel"] == "0.07" and found.metadata["weights"] == "posthoc_0.07"
+    made = params(run, "posthoc_0.07")
+    begun = runs.start_from(f"{run}:posthoc_0.07", made)
+    for (name, a), b in zip(named(made), jax.tree.leaves(begun), strict=True):
+        assert np.array_equal(a, b) and np.array_equal(a, found.params[name])
 
 
 def test_an_earlier_step_and_another_folder(run, call):

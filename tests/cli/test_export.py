@@ -1,6 +1,7 @@
 """Weights that leave a run: as a safetensors file, and into the beginning of another run."""
 
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -177,6 +178,27 @@ def test_a_run_begins_with_the_weights_of_another(trained, call):
         assert losses(f"new{i}")[-1]["step"] == 1  # and not the 31st
     resumed = call("train", "--resume", "new0", "--training.steps", 2)
     assert resumed.code == 0 and diffjax.load("new0").step == 2
+
+
+def test_the_learned_uncertainty_begins_afresh(trained, call):
+    """The network of a run with or without it is begun with, from a run or from a file; u starts at zero again."""
+    assert call("export", trained[0], "-o", "file.safetensors").code == 0
+    options = ("--objective.uncertainty", "--training.learning-rate", 1e-30)
+    assert begin(call, "file.safetensors", *options).code == 0
+    equal(parameters("new", "params"), parameters(trained[0], "ema_0.999"))
+    settings, about = runs.read(pathlib.Path("new"))
+    shapes = jax.eval_shape(runs.initialiser(settings, tuple(about["shape"]), 8), jax.random.key(0))
+    found = runs.start_from("new:params", shapes["net"])
+    equal(dict(named(found)), parameters(trained[0], "ema_0.999"))
+
+
+def test_a_run_goes_on_with_less_memory(copied, call):
+    """What the advice after lack of memory calls the same result may change when a run is continued."""
+    words = ["--training.accumulate", 2, "--model.remat", "full", "--training.on-bad", "rewind", "--grace", 3]
+    assert call("train", "--resume", copied, "--training.steps", 40, "--no-scores", *words).code == 0
+    kept = runs.read_config(copied)
+    assert (kept.training.accumulate, kept.model.remat, kept.training.on_bad) == (2, "full", "rewind")
+    assert (kept.grace, kept.scores) == (10.0, True)  # may differ without a trace
 
 
 def test_weights_of_another_model_are_refused_by_name(trained, call, tmp_path):
