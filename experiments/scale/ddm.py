@@ -85,13 +85,15 @@ def sample(denoiser, x, solver):
 
 def run(preset):
     full = preset == "full"
-    n, steps, batch, width, trainings, sampling = (4000, 400, 256, 16, 4, 12) if full else (100, 4, 16, 8, 1, 2)
+    n, steps, batch, width, depth, trainings, sampling = (
+        (4000, 400, 256, 16, 2, 4, 12) if full else (100, 2, 16, 8, 1, 1, 2)
+    )
     arms = data.load("pinwheel", seed=0, size=20000 if full else 400)
     found = data.clusters(arms, K, seed=0)
     parts = [data.restrict(arms, found, k) for k in range(K)]
     classes = arms.num_classes
 
-    net = networks.from_linen(networks.MLP(width=width, depth=2, num_classes=classes))
+    net = networks.from_linen(networks.MLP(width=width, depth=depth, num_classes=classes))
     route = networks.from_linen(networks.Classifier(classes=K, width=width // 2, depth=1, num_classes=classes))
     model = lambda p: diffjax.denoiser(net, PROCESS, diffjax.from_velocity, p)
     guide = lambda p: router(route, PROCESS, p)

@@ -38,7 +38,9 @@ def train(model, loss, params, datasets, *, steps, batch, seeds, rate=3e-3, cond
     states = [training.init_state(p, optimizer, seed, emas=emas) for p, seed in zip(params, seeds, strict=True)]
     streams = [data.batches(d, "train", batch, seed=seed, prefetch=0) for d, seed in zip(datasets, seeds, strict=True)]
     try:
-        ends, _ = training.fit_isolated(states, step, streams, steps=steps, devices=jax.devices()[:1], per_dispatch=50)
+        ends, _ = training.fit_isolated(
+            states, step, streams, steps=steps, devices=jax.devices()[:1], per_dispatch=50 if steps > 50 else 1
+        )
     finally:
         for stream in streams:
             stream.close()

@@ -87,9 +87,10 @@ def codes(pixels):
 def decoupled(preset):
     """The full model and the two experts of half its size."""
     full = preset == "full"
-    wide, narrow, steps, batch, n, trainings = (64, 44, 1200, 128, 1000, 2) if full else (8, 6, 3, 8, 40, 1)
+    wide, narrow, steps, batch, n, trainings = (64, 44, 1200, 128, 1000, 2) if full else (8, 6, 2, 8, 40, 1)
+    depth = 3 if full else 1
     digits = data.load("digits")
-    nets = {w: networks.from_linen(Net(w, 3, 10)) for w in (wide, narrow)}
+    nets = {w: networks.from_linen(Net(w, depth, 10)) for w in (wide, narrow)}
     model = lambda width: lambda p: diffjax.denoiser(nets[width], PROCESS, diffjax.from_x0, p)
     real = digits.read("test")["x"].reshape(-1, 64)
     score = jax.jit(metrics.mmd_to(real))
@@ -133,7 +134,7 @@ def decoupled(preset):
 def cooperation(preset):
     """Two models, each with its latent space and its condition, alone and together."""
     full = preset == "full"
-    width, steps, batch, n = (64, 1500, 128, 1000) if full else (8, 3, 8, 40)
+    width, depth, steps, batch, n = (64, 3, 1500, 128, 1000) if full else (8, 1, 2, 8, 40)
     digits = data.load("digits")
     other, test = digits.read("classifier"), digits.read("test")
     judge = metrics.classifier(other["x"], other["label"], steps=800 if full else 3, width=16 if full else 4)
@@ -148,7 +149,7 @@ def cooperation(preset):
         )
         for space, told in zip(spaces, tells, strict=True)
     ]
-    net = networks.from_linen(Net(width, 3, 2))
+    net = networks.from_linen(Net(width, depth, 2))
     model = lambda p: diffjax.denoiser(net, PROCESS, diffjax.from_velocity, p)
     params = train(model, losses.flow_matching(label_drop=0.0), [init(net, k, (LATENT,)) for k in (0, 1)], sets,
                    steps=steps, batch=batch, seeds=[0, 1])  # fmt: skip

@@ -39,9 +39,9 @@ RECIPE = Recipe(
     minutes=2,
 )
 PROCESS = processes.rectified()
-SIZES = {  # K, steps, batch, width, samples, sampling steps
-    "full": (8, 600, 64, 48, 1000, 20),
-    "tiny": (2, 3, 8, 8, 40, 2),
+SIZES = {  # K, steps, batch, width, depth, samples, sampling steps
+    "full": (8, 600, 64, 48, 2, 1000, 20),
+    "tiny": (2, 2, 8, 8, 1, 40, 2),
 }
 
 
@@ -56,8 +56,8 @@ def partition(preset):
 
 def models(preset):
     """The networks of the experts and of the router."""
-    count, _, _, width, *_ = SIZES[preset]
-    expert = networks.from_linen(Net(width, 2, 10))
+    count, _, _, width, depth, *_ = SIZES[preset]
+    expert = networks.from_linen(Net(width, depth, 10))
     route = networks.from_linen(networks.Classifier(classes=count, width=width // 2, depth=1, num_classes=10))
     return (
         (expert, lambda p: diffjax.denoiser(expert, PROCESS, diffjax.from_x0, p)),
@@ -65,24 +65,27 @@ def models(preset):
     )
 
 
-def experts(preset, digits, found, which):
-    """The parameters of the experts `which`, each trained on its cluster from its own seed."""
+def experts(preset, digits, which):
+    """The parameters of experts `(clusters, k)`, each trained on its cluster from seed k."""
     _, steps, batch, *_ = SIZES[preset]
     (net, model), _ = models(preset)
-    parts = [data.restrict(digits, found, k) for k in which]
-    start = [init(net, k, digits.shape) for k in which]
-    return train(model, losses.denoising_loss(label_drop=0.0), start, parts, steps=steps, batch=batch, seeds=which)
+    parts = [data.restrict(digits, found, k) for found, k in which]
+    seeds = [k for _, k in which]
+    start = [init(net, k, digits.shape) for k in seeds]
+    return train(model, losses.denoising_loss(label_drop=0.0), start, parts, steps=steps, batch=batch, seeds=seeds)
 
 
-def system(preset, digits, found):
-    """The experts, side by side, and their router."""
+def systems(preset, digits, partitions):
+    """`(experts side by side, router)` of each partition; one program trains the experts of all."""
     count, steps, batch, *_ = SIZES[preset]
     _, (net, model) = models(preset)
-    r = train(
-        model, losses.router_loss(), [init(net, count, digits.shape)], [data.label_clusters(digits, found)],
-        steps=steps, batch=4 * batch, seeds=[count], condition=cluster_and_label,
-    )[0]  # fmt: skip
-    return stack(experts(preset, digits, found, list(range(count)))), r
+    routers = train(
+        model, losses.router_loss(), [init(net, count, digits.shape)] * len(partitions),
+        [data.label_clusters(digits, found) for found in partitions],
+        steps=steps, batch=4 * batch, seeds=[count] * len(partitions), condition=cluster_and_label,
+    )  # fmt: skip
+    params = experts(preset, digits, [(found, k) for found in partitions for k in range(count)])
+    return [(stack(params[i * count : (i + 1) * count]), r) for i, r in enumerate(routers)]
 
 
 def run(preset):
@@ -106,8 +109,7 @@ def run(preset):
         return diffjax.sample(key, denoiser.bind(label), solver, x)
 
     mmds, pictures = {}, {}
-    for name, clusters in (("", found), ("random_", shuffled)):
-        params, r = system(preset, digits, clusters)
+    for name, (params, r) in zip(("", "random_"), systems(preset, digits, (found, shuffled)), strict=True):
         for kind, top in (("full", None), ("top1", 1), ("top2", 2)):
             draws = [
                 sample(mixture(model(params), guide(r), top=top), jax.random.key(i)) for i in range(3 if full else 1)
@@ -117,7 +119,7 @@ def run(preset):
     mean = {name: np.mean(values) for name, values in mmds.items()}
     floor = abs(float(score(jnp.asarray(digits.read("classifier")["x"]).reshape(-1, 64))))
 
-    here = [experts(preset, digits, found, [k])[0] for k in range(again)]  # the same runs, one after the other
+    here = [experts(preset, digits, [(found, k)])[0] for k in range(again)]  # the same runs, one after the other
     there = [finish(*process) for process in apart]
     differ = sum(
         not all(a.tobytes() == b.tobytes() for a, b in zip(map(np.asarray, jax.tree.leaves(p)), q, strict=True))
@@ -142,6 +144,8 @@ def start_process(preset, found, k):
     found.save(path)
     root = pathlib.Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
+    if jax.config.jax_compilation_cache_dir is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(jax.config.jax_compilation_cache_dir)
     command = [sys.executable, "-m", "experiments.scale.paris", preset, str(path), str(k)]
     return subprocess.Popen(command, cwd=root, env=environment), path, folder
 
@@ -161,5 +165,5 @@ def finish(process, path, folder):
 
 if __name__ == "__main__":
     preset, path, k = sys.argv[1:]
-    params = experts(preset, data.load("digits"), data.load_clusters(path), [int(k)])[0]
+    params = experts(preset, data.load("digits"), [(data.load_clusters(path), int(k))])[0]
     np.savez(pathlib.Path(path).with_name("expert.npz"), *map(np.asarray, jax.tree.leaves(params)))
