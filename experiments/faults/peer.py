@@ -18,6 +18,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 
@@ -33,6 +34,7 @@ OPTIONS = (
     f"--model.width=16 --model.depth=1 --training.steps={STEPS} --training.batch-size=16 --training.log-every={LOG_EVERY} "
     f"--training.save-every={SAVE_EVERY} --training.sample-every={STEPS} --sampler.steps=3 --no-scores"
 ).split()
+LIMIT = 600.0  # seconds for a job that is disturbed, from its start to its end
 MARK = "DIFFJAX_PEER_TRIAL"  # in the environment of every process of a trial, to look for those left behind
 
 
@@ -59,22 +61,30 @@ def trial(
 ) -> tuple[bool, float, int]:
     """(everything held, seconds until the launcher noticed, steps that were lost)"""
     launcher = start(n, ["train", "gaussians", "--run", str(folder), *OPTIONS], folder)
-    when = rng.randint(SAVE_EVERY, STEPS - 2 * SAVE_EVERY)
-    while reached(folder) < when or not saved(folder):
-        if launcher.poll() is not None:
-            raise RuntimeError(f"the job ended by itself: {launcher.communicate()[1]}")
-        time.sleep(0.005)
-    time.sleep(rng.uniform(0, 0.05))
-    victim = rng.randrange(n)
-    killed = time.monotonic()
-    os.kill(number_of(launcher.pid, victim), signal_)
-    text = ""
-    for line in launcher.stderr:
-        text += line
-        if "stopping the others" in line:
-            break
-    seconds = time.monotonic() - killed
-    text += launcher.communicate(timeout=120)[1]
+    limit = threading.Timer(LIMIT, launcher.kill)  # its guard then ends the processes
+    limit.start()
+    try:
+        when = rng.randint(SAVE_EVERY, STEPS - 2 * SAVE_EVERY)
+        while reached(folder) < when or not saved(folder):
+            if launcher.poll() is not None:
+                raise RuntimeError(f"the job ended by itself: {launcher.communicate()[1]}")
+            time.sleep(0.005)
+        time.sleep(rng.uniform(0, 0.05))
+        victim = rng.randrange(n)
+        killed = time.monotonic()
+        os.kill(number_of(launcher.pid, victim), signal_)
+        text = ""
+        for line in launcher.stderr:
+            text += line
+            if "stopping the others" in line:
+                break
+        seconds = time.monotonic() - killed
+        text += launcher.communicate(timeout=120)[1]
+    finally:
+        limit.cancel()
+        launcher.kill()
+    if "resume with: " not in text:
+        raise RuntimeError(f"the launcher said nothing of how to resume: {text[-2000:]}")
     killed_by = f"process {victim} of {n} was killed by SIGKILL; stopping the others"
     named = (killed_by if signal_ == signal.SIGKILL else "was killed by SIGABRT (JAX") in text
     alone = not left_behind(folder)

@@ -30,9 +30,8 @@ from experiments.faults import Row, job
 TITLE = "soak"
 SECONDS, QUICK = 300.0, 20.0
 WARM = 0.4  # share of the time before anything is compared
-GROWTH = (
-    0.02  # share of the memory, over the time that is compared; QUICK_GROWTH in the short one, which is all warm-up
-)
+# Share of the memory, over the time that is compared; QUICK_GROWTH in the short one, which is all warm-up.
+GROWTH = 0.02
 QUICK_GROWTH = 0.10
 WARM_CALLS = 4  # readings of the run from disk before the time begins
 SPARE = 2  # threads or files: how many there are depends on what happens to run when they are counted
@@ -74,6 +73,9 @@ def soak(folder: pathlib.Path, seconds: float, every: int) -> tuple[list, list, 
     def watch() -> None:
         while len(lines) < WARM_CALLS:  # the time begins when everything is compiled
             if done.wait(0.5):
+                return
+            if child.poll() is not None:  # it reads no more: without it there is nothing to measure
+                os.kill(os.getpid(), signal.SIGTERM)
                 return
         began = time.perf_counter()
         while not done.wait(1.0):
