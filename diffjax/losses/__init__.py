@@ -44,12 +44,8 @@ COUPLINGS: dict[str, Card] = {
 
 __all__ = [
     "CATALOGUE", "COUPLINGS", "ByNoiseLevel", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "Uncertainty",
-    "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound", "error_scale",
-    "exact", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
-    "minibatch_assignment", "noise_prediction", "score_matching", "sinkhorn", "uncertainty", "v_prediction",
-    "variational_bound",
-    "CATALOGUE", "COUPLINGS", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "check_batch", "check_labels",
-    "condition_noise", "denoising_loss", "discrete_bound", "error_scale", "exact", "flow_matching", "independent",
-    "k_nearest_noise", "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "router_loss", "score_matching",
-    "sinkhorn", "v_prediction", "variational_bound",
+    "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound",
+    "error_scale", "exact", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
+    "minibatch_assignment", "noise_prediction", "router_loss", "score_matching", "sinkhorn", "uncertainty",
+    "v_prediction", "variational_bound",
 ]  # fmt: skip

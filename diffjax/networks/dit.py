@@ -73,8 +73,7 @@ class DiTBlock(nn.Module):
 
 
 class DiT(nn.Module):
-    """A diffusion transformer with adaLN-zero, for images of any size divisible by `patch`.   [B, H, W, C] -> [B, H,
-    W, C]
+    """A diffusion transformer with adaLN-zero, for images of sizes divisible by `patch`.   [B, H, W, C] -> [B, H, W, C]
 
     Conditions: label and vector by adaLN, tokens by cross-attention, image by channels (see `conditions`). Taps:
     `block_i/{attended,mixed,block}` (`blocks/...` if scanned), `.../attention/{q,k,v,logits,weights}`, `.../cross/...`.

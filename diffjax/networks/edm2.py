@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.conditions import read_condition, read_state, read_time
-from diffjax.networks.layers import at_least_float32, double, halve, spread
+from diffjax.networks.layers import at_least_float32, double, halve, rematerialised, spread
 from diffjax.networks.magnitude import (
     CosineAttention,
     Gain,
@@ -98,7 +98,7 @@ class EDM2UNet(nn.Module):
     join: float = 0.5  # share of what the way down left
     clip: float | None = 256.0
     dropout: float = 0.0
-    remat: bool = False
+    remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -111,7 +111,7 @@ class EDM2UNet(nn.Module):
         )
         code = MPCode(max(self.widths), self.widths[0], self.num_classes, self.vector_size, self.dtype, name="code")
         c = code(read_time(t, x), condition)
-        make = nn.remat(EDM2Block) if self.remat else EDM2Block
+        make = rematerialised(EDM2Block, self.remat)
 
         def block(h: Any, n: int, attend: bool, name: str) -> Any:
             heads = max(1, n // self.head_size) if attend else 0

@@ -93,8 +93,7 @@ def choose_form(backend: str) -> ConvForm:
 
 
 class Conv(nn.Module):
-    """Convolution with stride one and zero padding, in either of two equal forms with the same parameters.   y = x *
-    W + b
+    """Convolution with stride one and zero padding, in either of two equal forms of equal parameters.   y = x * W + b
 
     Args: x: [B, H, W, c].   form: `native`, `slices`, or None: `choose_form` for the default backend.
     Returns: [B, H, W, features].
