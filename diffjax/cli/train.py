@@ -109,6 +109,14 @@ def watchdog(settings: config.Train, folder: pathlib.Path) -> training.Watchdog 
     return training.Watchdog(settings.watchdog, folder, settings.abort_on_hang)
 
 
+def profile(settings: config.Train, folder: pathlib.Path) -> training.Profile | None:
+    """Which steps are traced, and where: files are named after machines, so each process of several has its own folder."""
+    if settings.profile is None:
+        return None
+    own = f"process-{jax.process_index()}" if jax.process_count() > 1 else ""
+    return training.Profile(folder / "profile" / own, settings.profile)
+
+
 def main(args: config.Train) -> int:
     """Run the command."""
     began = time.monotonic()
@@ -171,7 +179,7 @@ def main(args: config.Train) -> int:
                 metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad, max_rewinds=t.max_rewinds,
                 grace=settings.grace, watchdog=watchdog(settings, folder),
                 **work(settings, train_step, shapes, shape, classes),
-                profile=training.Profile(folder / "profile", settings.profile) if settings.profile else None,
+                profile=profile(settings, folder),
             )  # fmt: skip
         except training.OutOfMemory as error:
             raise runs.Failed(f"{error}\n  {less_memory(settings, shape, classes)}") from error
