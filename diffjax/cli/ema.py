@@ -14,8 +14,9 @@ from rich.table import Table
 from diffjax import training
 from diffjax.cli import build, config, console, evaluate
 from diffjax.cli import run as runs
-from diffjax.training import snapshots, tensors
+from diffjax.training import snapshots
 from diffjax.training.ema import std_to_exp
+from diffjax.training.weights import SUFFIX
 
 POOR = 0.1  # residual of the fit above which the profile is not the one asked for
 
@@ -53,7 +54,7 @@ def make(
         meta = {"config": config.to_json(settings), "model": about, "step": found.step, "weights": name}
         meta |= {"sigma_rel": sigma_rel, "residual": found.fit.residual}
         params = build.of_network(settings.objective, found.params)
-        training.export_safetensors(params, folder / f"{name}{tensors.SUFFIX}", meta)
+        training.export_safetensors(params, folder / f"{name}{SUFFIX}", meta)
         made.append((name, found._replace(params=None)))
     return made
 
@@ -115,7 +116,7 @@ def main(args: Ema) -> int:
         best = min(finite, key=lambda n: scored[n][score], default=None)
         console.show(f"best     {best} by {score}" if best else f"best     none: no {score} is finite")
     where = folder / "ema" if args.out is None else pathlib.Path(args.out)
-    console.show(f"written  {', '.join(str(where / f'{name}{tensors.SUFFIX}') for name, _ in made)}")
+    console.show(f"written  {', '.join(str(where / f'{name}{SUFFIX}') for name, _ in made)}")
     if args.out is None:
         console.show(f"use      diffjax sample {folder} --weights {made[0][0]}")
     return 0

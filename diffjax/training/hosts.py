@@ -185,18 +185,32 @@ def share(value: Any) -> list[Any]:
     """The JSON-able `value` of every process, in their order; also a point that all of them must reach."""
     if jax.process_count() == 1:
         return [value]
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    sizes = multihost_utils.process_allgather(np.int32(len(text)))
-    padded = np.zeros(int(2 ** np.ceil(np.log2(max(sizes.max(), 64)))), np.uint8)  # few sizes, few compilations
-    padded[: len(text)] = text
-    rows = multihost_utils.process_allgather(padded)
+    text = _bytes(value)
+    sizes = multihost_utils.process_allgather(np.int32(text.size))
+    rows = multihost_utils.process_allgather(_padded(text, sizes.max()))
     return [json.loads(row[:n].tobytes()) for row, n in zip(rows, sizes, strict=True)]
+
+
+def agreed(problem: str | None) -> str | None:
+    """The problems of all processes in one line, on every process; None if there is none.
+
+    Example:
+        >>> agreed("disk full"), agreed(None)
+        ('disk full', None)
+    """
+    if jax.process_count() == 1:
+        return problem
+    return "; ".join(f"process {i}: {text}" for i, text in enumerate(share(problem)) if text) or None
 
 
 def first(call: Callable[[], Any]) -> Any:
     """What `call()` gives on process 0, JSON-able, on every process; it is called there alone.
 
-    Raises: ValueError: on the others, when the call raised a ValueError or OSError on process 0.
+    Raises: ValueError or OSError: on every process, when the call raised one on process 0.
+
+    Example:
+        >>> first(lambda: [1, 2])
+        [1, 2]
     """
     if jax.process_count() == 1:
         return call()
@@ -205,11 +219,30 @@ def first(call: Callable[[], Any]) -> Any:
         try:
             answer["value"] = call()
         except (ValueError, OSError) as error:
-            answer["error"], failed = str(error), error
-    answer = share(answer)[0]
+            answer = {"error": str(error), "system": isinstance(error, OSError) and [error.errno]}
+            failed = error
+    text = _bytes(answer)  # only that of process 0 counts: it may be long, and is sent once
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
+    padded = multihost_utils.broadcast_one_to_all(_padded(text[:size], size))
+    answer = json.loads(bytes(np.asarray(padded)[:size]))
     if "error" in answer:
-        raise failed or ValueError(answer["error"])
+        if failed is None:
+            failed = (OSError if answer["system"] else ValueError)(answer["error"])
+            if answer["system"]:
+                (failed.errno,) = answer["system"]
+        raise failed
     return answer["value"]
+
+
+def _bytes(value: Any) -> np.ndarray:
+    return np.frombuffer(json.dumps(value).encode(), np.uint8)
+
+
+def _padded(text: np.ndarray, size: int) -> np.ndarray:
+    """`text` in one of few sizes, for few compilations."""
+    out = np.zeros(int(2 ** np.ceil(np.log2(max(size, 64)))), np.uint8)
+    out[: len(text)] = text
+    return out
 
 
 def gather(tree: PyTree) -> PyTree:

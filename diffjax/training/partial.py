@@ -41,6 +41,23 @@ def named(tree: PyTree) -> list[tuple[str, Any]]:
     return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
 
 
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested dicts from `path -> leaf`, the path as `a/b/c`.
+
+    Example:
+        >>> nested({"a/w": 1, "a/b": 2})
+        {'a': {'w': 1, 'b': 2}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        inner = tree
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[name] = leaf
+    return tree
+
+
 def match(
     saved: Mapping[str, str],
     template: PyTree,

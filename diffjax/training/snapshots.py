@@ -9,15 +9,17 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from diffjax.numerics import PyTree
-from diffjax.training import posthoc
+from diffjax.training import hosts, posthoc
 from diffjax.training.ema import Ema, Power, exp_to_std, std_to_exp
 from diffjax.training.loop import Hook
-from diffjax.training.partial import named
+from diffjax.training.manifest import CheckpointError
+from diffjax.training.partial import named, nested
 from diffjax.training.state import TrainState
-from diffjax.training.tensors import SUFFIX, DamagedError, TensorFile, assemble, nested, write
+from diffjax.training.weights import SUFFIX, WeightsFile, export_safetensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -28,7 +30,7 @@ class Snapshot(NamedTuple):
     step: int
     updates: int
     gammas: dict[str, float]
-    file: TensorFile
+    file: WeightsFile
 
 
 class Reconstruction(NamedTuple):
@@ -74,20 +76,16 @@ def hook(
         updates = int(state.updates)
         if updates == 0:  # nothing has been averaged
             return None
-        meta = {"step": str(step), "updates": str(updates), "gammas": json.dumps(gammas)}
+        meta = {"step": step, "updates": updates, "gammas": gammas}
         try:
-            if jax.process_index() == 0:
-                for path in _files(folder):
-                    if int(path.stem) > step:
-                        path.unlink()
-            write(
-                folder / f"{step:08d}{SUFFIX}",
-                dict(named({name: state.ema[name] for name in gammas})),
-                meta,
-                dtype=jax.numpy.dtype(dtype),
-            )
-        except OSError as error:
-            say(f"the snapshot of step {step} could not be written to {folder}: {error}; the earlier ones are intact")
+            hosts.first(lambda: _remove_later(folder, step))
+            averages = {name: state.ema[name] for name in gammas}
+            export_safetensors(averages, folder / f"{step:08d}{SUFFIX}", meta, dtype=jnp.dtype(dtype))
+        except OSError as error:  # on every process, or on none
+            if hosts.leader():
+                say(
+                    f"the snapshot of step {step} could not be written to {folder}: {error}; the earlier ones are intact"
+                )
             return {"failed": 1}
         return None
 
@@ -103,12 +101,12 @@ def load(directory: Any, *, verify: bool = True, say: Callable[[str], None] | No
     found = []
     for path in _files(pathlib.Path(directory)):
         try:
-            file = TensorFile(path)
-            if verify:
-                file.check()
-            m = file.meta
+            file = WeightsFile(path, verify=verify)
+            if not file.ours:
+                raise CheckpointError(f"{path} does not say that diffjax wrote it")
+            m = file.metadata
             found.append(Snapshot(int(m["step"]), int(m["updates"]), dict(json.loads(m["gammas"])), file))
-        except (DamagedError, KeyError, ValueError) as error:
+        except (KeyError, ValueError) as error:
             say(f"left out a damaged snapshot: {error}")
     return found
 
@@ -152,23 +150,34 @@ def reconstruct(
         if shapes.get(path) != tuple(shape):
             raise ValueError(f"the snapshots hold {path} with shape {shapes.get(path)}; like has {tuple(shape)}")
         last = stored[-1][0].file.read(f"{stored[-1][1]}/{path}", index)
-        if not jax.numpy.issubdtype(last.dtype, jax.numpy.floating):
+        if not jnp.issubdtype(last.dtype, jnp.floating):
             return last  # counters are not averaged
         total = np.zeros(last.shape, np.float64)
         for c, (s, name) in zip(fit.weights, stored, strict=True):
             total += c * s.file.read(f"{name}/{path}", index).astype(np.float64)
         return total if last.dtype == np.float64 else total.astype(np.float32)
 
+    def placed(path: str, a: Any) -> Any:
+        part = lambda index: leaf(path, index, a.shape).astype(a.dtype)
+        sharding = getattr(a, "sharding", None)
+        return part(...) if sharding is None else jax.make_array_from_callback(a.shape, sharding, part)
+
     if like is None:
         params = nested({path: leaf(path, ..., shape) for path, shape in shapes.items()})
     else:
-        params = assemble(like, leaf)
+        params = jax.tree.unflatten(jax.tree.structure(like), [placed(path, a) for path, a in named(like)])
     return Reconstruction(params, float(sigma_rel), step, t, len(used), fit)
 
 
 def widths(snapshots: list[Snapshot]) -> list[float]:
     """The relative widths of the averages that the snapshots hold."""
     return sorted({round(exp_to_std(g), 6) for s in snapshots for g in s.gammas.values()})
+
+
+def _remove_later(folder: pathlib.Path, step: int) -> None:
+    for path in _files(folder):
+        if int(path.stem) > step:
+            path.unlink()
 
 
 def _files(folder: pathlib.Path) -> list[pathlib.Path]:

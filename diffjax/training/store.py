@@ -17,7 +17,8 @@ import jax
 
 from diffjax.numerics import PyTree
 from diffjax.training import files, folder, manifest, partial
-from diffjax.training.agree import Barriers, agreed, shared
+from diffjax.training.barriers import Barriers
+from diffjax.training.hosts import agreed, first
 from diffjax.training.manifest import CheckpointError, first_line
 from diffjax.training.partial import outline
 
@@ -98,7 +99,7 @@ class CheckpointStore:
         Returns: False if the save could not be started (reported). A failure in the background is reported by `wait`.
         """
         self.wait()
-        if step in self._ours and step in shared(self.steps()):
+        if step in self._ours and step in first(self.steps):
             return True
         page = {
             "format": manifest.FORMAT,
@@ -239,14 +240,14 @@ class CheckpointStore:
     def _newest(self, step: int | None, verify: bool, read: Callable[[int, dict], PyTree]) -> Restored:
         """What `read(step, page)` gives for the newest undamaged step, or for `step`."""
         self.wait()
-        steps = shared(self.steps())
+        steps = first(self.steps)
         if not steps:
             raise CheckpointError(f"no checkpoint in {self.directory}; train first, or give the folder of another run")
         if step is not None and step not in steps:
             raise CheckpointError(f"no checkpoint of step {step} in {self.directory}; there are {_words(steps)}")
         report: list[str] = []
         for candidate in [step] if step is not None else steps[::-1]:
-            verdict = shared(self._verdict(candidate, verify) if jax.process_index() == 0 else None)
+            verdict = first(lambda c=candidate: self._verdict(c, verify))
             if verdict["refused"]:
                 raise CheckpointError(verdict["refused"])
             problem, page = verdict["problem"], verdict["page"]
@@ -318,7 +319,7 @@ class CheckpointStore:
                 problem = folder.no_room(self.directory, size)
             except OSError as error:
                 problem = first_line(error)
-        problem, told = agreed(problem), shared(told)
+        problem, told = agreed(problem), first(lambda: told)
         for why, steps in told:
             self._shut()
             self._ours -= set(steps)
@@ -348,7 +349,7 @@ class CheckpointStore:
         self._shut()
         if jax.process_index() == 0:
             folder.remove_leftovers(self.directory)
-        good = shared(self.steps())
+        good = first(self.steps)
         kept = f"the checkpoints {_words(good)} are intact" if good else "there is no earlier checkpoint"
         message = f"checkpoint {step} could not be saved to {self.directory}: {problem}; {kept}"
         self.failures.append(message)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -15,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.numerics import PyTree
-from diffjax.training import partial
+from diffjax.training import hosts, partial
 from diffjax.training.manifest import CheckpointError, first_line
 
 FORMAT = 1  # of the metadata
+SUFFIX = ".safetensors"
 
 
 class Weights(NamedTuple):
@@ -35,13 +35,17 @@ def export_safetensors(
 ) -> pathlib.Path:
     """Write `params` under the names `a/b/c`; the file gets its name only when it is complete.
 
+    With several processes all of them must call; process 0 collects the arrays, one after the other, and writes.
+
     Args:
-        params: pytree of arrays, all of them on this process's devices.
+        params: pytree of arrays, of any sharding.
         path: the file.
-        metadata: strings, or JSON-able values; `format` and `sha256` join.
+        metadata: strings, or JSON-able values; `format`, `library` and `sha256` join.
         dtype: for floating-point arrays, such as `jnp.bfloat16`; default as they are. Others keep theirs.
 
-    Raises: ValueError: no arrays; arrays that other processes hold; a dtype that is not floating point.
+    Raises:
+        ValueError: no arrays, or a dtype that is not floating point.
+        OSError: the file could not be written; then there is none, on every process alike.
 
     Example:
         >>> import tempfile
@@ -50,36 +54,78 @@ def export_safetensors(
         ...     load_safetensors(file).params["out/w"].shape
         (2, 3)
     """
-    from safetensors.numpy import save_file
-
     if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"dtype must be of floating point, such as float32 or bfloat16; got {np.dtype(dtype)}")
     leaves = dict(partial.named(params))
     if not leaves:
         raise ValueError("params must hold at least one array; got none")
-    far = [name for name, a in leaves.items() if isinstance(a, jax.Array) and not a.is_fully_addressable]
-    if far:
-        raise ValueError(
-            f"{far[0]} and {len(far) - 1} more arrays lie on other processes; export from a checkpoint with one process"
-        )
-    arrays = {name: np.asarray(_cast(np.asarray(leaves[name]), dtype), order="C") for name in sorted(leaves)}
+    arrays = {}
+    for name in sorted(leaves):
+        a = hosts.gather(leaves[name])
+        if hosts.leader():
+            arrays[name] = np.asarray(_cast(a, dtype), order="C")
     text = {key: value if isinstance(value, str) else json.dumps(value) for key, value in (metadata or {}).items()}
     text |= {"format": str(FORMAT), "library": "diffjax"}
-    text["sha256"] = _digest(arrays, text)
     path = pathlib.Path(path)
+    hosts.first(lambda: _write(path, arrays, text))
+    return path
+
+
+def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], text: dict[str, str]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        save_file(arrays, temporary, text)
+        save_file(arrays, temporary, text | {"sha256": _digest(arrays.items(), text)})
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if type(error).__name__ == "SafetensorError":  # of the file system: it knows no other
+        if isinstance(error, SafetensorError):  # of the file system: it knows no other
             raise OSError(f"{path} could not be written: {first_line(error)}") from None
         raise
-    return path
+
+
+class WeightsFile:
+    """An open safetensors file of any library, whose arrays stay on disk until they are read.
+
+    `shapes` of the arrays by name, `metadata`, and `ours`: whether it says that diffjax wrote it.
+
+    Args: verify: compare the checksum of a file of ours.
+    Raises: CheckpointError: no such file, damaged, or of a newer version.
+    """
+
+    def __init__(self, path: Any, *, verify: bool = True) -> None:
+        from safetensors import SafetensorError, safe_open
+
+        self.path = pathlib.Path(path)
+        if not self.path.is_file():
+            raise CheckpointError(f"there is no file {self.path}")
+        try:
+            self._file = safe_open(self.path, framework="np")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.path} is no safetensors file, or damaged: {first_line(error)}") from None
+        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
+        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in sorted(self._file.keys())}
+        self.ours = self.metadata.get("library") == "diffjax"
+        if self.ours:
+            digest = self.metadata.pop("sha256", None)
+            if verify and digest != _digest(((name, self.read(name)) for name in self.shapes), self.metadata):
+                raise CheckpointError(f"{self.path} is damaged: it has changed since it was written (SHA-256 differs)")
+            if int(self.metadata["format"]) > FORMAT:
+                raise CheckpointError(
+                    f"{self.path} has format {self.metadata['format']}, written by a newer diffjax; this one reads format "
+                    f"{FORMAT}. Update diffjax to use it"
+                )
+
+    def read(self, name: str, index: Any = ...) -> np.ndarray:
+        """One array, or the part of it at `index`, a tuple of slices."""
+        if index is ... or 0 in self.shapes[name]:
+            return self._file.get_tensor(name)[index]
+        return self._file.get_slice(name)[index]
 
 
 def load_safetensors(
@@ -96,21 +142,10 @@ def load_safetensors(
     Raises:
         CheckpointError: no such file, damaged, of a newer version, or arrays that do not fit the template.
     """
-    path = pathlib.Path(path)
-    with _opened(path) as file:
-        metadata = dict(file.metadata() or {})
-        arrays = {name: file.get_tensor(name) for name in sorted(file.keys())}
-    if metadata.get("library") == "diffjax":
-        digest = metadata.pop("sha256", None)
-        if digest != _digest(arrays, metadata):
-            raise CheckpointError(f"{path} is damaged: it has changed since it was written (SHA-256 differs)")
-        if int(metadata["format"]) > FORMAT:
-            raise CheckpointError(
-                f"{path} has format {metadata['format']}, written by a newer diffjax; this one reads format {FORMAT}. "
-                "Update diffjax to use it"
-            )
+    file = WeightsFile(path)
+    arrays = {name: file.read(name) for name in file.shapes}
     if template is None:
-        return Weights(arrays, metadata, (), ())
+        return Weights(arrays, file.metadata, (), ())
     match = partial.match(partial.outline(arrays), template, renames=renames, strict=strict, source=str(path))
 
     def leaf(name: str, target: Any) -> Any:
@@ -123,31 +158,17 @@ def load_safetensors(
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
     leaves = [leaf(name, target) for name, target in partial.named(template)]
-    return Weights(jax.tree.unflatten(jax.tree.structure(template), leaves), metadata, match.missing, match.unused)
-
-
-@contextlib.contextmanager
-def _opened(path: pathlib.Path) -> Iterator[Any]:
-    """The open file, with our errors."""
-    from safetensors import SafetensorError, safe_open
-
-    if not path.is_file():
-        raise CheckpointError(f"there is no file {path}")
-    try:
-        with safe_open(path, framework="np") as file:
-            yield file
-    except SafetensorError as error:
-        raise CheckpointError(f"{path} is no safetensors file, or damaged: {first_line(error)}") from None
+    return Weights(jax.tree.unflatten(jax.tree.structure(template), leaves), file.metadata, match.missing, match.unused)
 
 
 def _cast(a: np.ndarray, dtype: Any) -> np.ndarray:
     return a if dtype is None or not jnp.issubdtype(a.dtype, jnp.floating) else a.astype(dtype)
 
 
-def _digest(arrays: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
-    """The SHA-256 of names, dtypes, shapes and values, and of the metadata."""
+def _digest(arrays: Iterable[tuple[str, np.ndarray]], metadata: Mapping[str, str]) -> str:
+    """The SHA-256 of the metadata, and of names, dtypes, shapes and values, in the order of the names."""
     found = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode())
-    for name, a in arrays.items():
+    for name, a in arrays:
         found.update(f"{name} {a.dtype} {a.shape}\n".encode())
         found.update(np.asarray(a, order="C").reshape(-1).view(np.uint8))
     return found.hexdigest()

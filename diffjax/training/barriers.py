@@ -1,52 +1,10 @@
-"""What the processes of a run must know alike before any of them acts on it. With one process everything is free.
-
-Every process calls these functions at the same place; a failure that one process keeps to itself leaves the others
-waiting for it.
-"""
+"""The barriers of saves with several processes: those of Orbax leave the others waiting for a process that has failed."""
 
 from __future__ import annotations
 
-import json
 import threading
-from typing import Any
 
 import jax
-import numpy as np
-
-TEXT = 300  # bytes of a message that is told to the others
-
-
-def shared(value: Any) -> Any:
-    """The JSON-able `value` of process 0, on every process.
-
-    Example:
-        >>> shared([1, 2])
-        [1, 2]
-    """
-    if jax.process_count() == 1:
-        return value
-    from jax.experimental import multihost_utils
-
-    text = np.frombuffer(json.dumps(value).encode(), np.uint8)
-    size = int(multihost_utils.broadcast_one_to_all(np.int32(text.size)))
-    return json.loads(bytes(multihost_utils.broadcast_one_to_all(np.resize(text, size))).decode())
-
-
-def agreed(problem: str | None) -> str | None:
-    """The problems of all processes in one line, on every process; None if there is none. Also a barrier.
-
-    Example:
-        >>> agreed("disk full"), agreed(None)
-        ('disk full', None)
-    """
-    if jax.process_count() == 1:
-        return problem
-    from jax.experimental import multihost_utils
-
-    text = (problem or "").encode()[:TEXT]
-    rows = multihost_utils.process_allgather(np.frombuffer(text.ljust(TEXT, b"\0"), np.uint8))
-    told = [bytes(row).rstrip(b"\0").decode(errors="replace") for row in np.asarray(rows)]
-    return "; ".join(f"process {i}: {text}" for i, text in enumerate(told) if text) or None
 
 
 class Barriers:
