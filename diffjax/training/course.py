@@ -9,8 +9,11 @@ from typing import Any
 
 import jax
 
+from diffjax.training import hosts
 from diffjax.training.devices import Driver
 from diffjax.training.ema import describe
+from diffjax.training.files import GOOD
+from diffjax.training.manifest import CheckpointError
 from diffjax.training.record import Recorder
 from diffjax.training.state import TrainState
 from diffjax.training.store import CheckpointStore
@@ -87,6 +90,8 @@ class Course:
         page: dict,
         extra: dict,
         emas: tuple,
+        save_every: int | None,
+        rewinds: bool,
     ) -> None:
         self.state, self.step, self.examples = state, int(state.step), examples
         self.driver, self.source, self.store = driver, source, store
@@ -94,14 +99,20 @@ class Course:
         self.numbers: dict = {}  # what the hooks measured at this step
         self.unhooked = bool(page.get("unhooked"))  # a signal came before the hooks of this step had run
         self.rewinds: list = list(page.get("rewinds", ()))
+        self._save_every, self._rewinds = save_every, rewinds
         self._template, self._extra = template, {"ema": describe(dict(emas)), **extra}
 
-    def save(self, *, good: bool = False) -> None:
-        """Start a checkpoint.   `good`: a run may go back to it."""
+    def save(self, *, first: bool = False) -> None:
+        """Start a checkpoint. A run goes back to those of its `first` step and of every `save_every`, if they are good.
+
+        It makes no difference whether a signal, the end, or the course of the run led to the save.
+        """
         with self.watch.during("checkpoint"):
             self.recorder.drain()
+            periodic = first or bool(self._save_every) and self.step % self._save_every == 0
+            good = periodic and self.recorder.consecutive == 0
             page = {"log": self.recorder.carried(), "rewinds": self.rewinds, "unhooked": self.unhooked, "good": good}
-            metrics = {**self.recorder.means, **self.numbers}
+            metrics = {**self.recorder.means, **self.numbers, **({GOOD: float(good)} if self._rewinds else {})}
             where = self.source.position
             page |= self._extra
             if self.store.save(self.step, self.state, data=where, examples=self.examples, metrics=metrics, extra=page):
@@ -139,15 +150,16 @@ class Course:
         The state is then that of a run which never saw the batches between; False if there is no such checkpoint, or if
         this was done `most` times.
         """
+        if len(self.rewinds) >= most:
+            return False
         self.store.wait()
         restored = None
-        for step in reversed([s for s in self.store.steps() if s < bad and len(self.rewinds) < most]):
+        for step in hosts.first(lambda: self._good_before(bad)):
             try:
-                if self.store.page(step).get("good"):
-                    restored = self.store.restore(self._template, step)
-                    break
-            except (ValueError, OSError, KeyError) as error:
-                say(f"cannot go back to checkpoint {step}: {error}")
+                restored = self.store.restore(self._template, step)
+                break
+            except CheckpointError as error:  # on every process alike
+                self._say(f"cannot go back to checkpoint {step}: {error}")
         if restored is None:
             return False
         self.rewinds = [*self.rewinds, {"from": bad, "to": restored.step}]
@@ -157,8 +169,23 @@ class Course:
         self.examples, self.numbers, self.unhooked = restored.page["examples"], {}, False
         event = {"rewind": len(self.rewinds), "from": bad}
         self.recorder.rewind(self.step, self.examples, restored.page["log"], event)
-        say(
+        self._say(
             f"too many updates up to step {bad} were not finite: back to checkpoint {self.step}, and on with the data "
             f"after step {bad} (rewind {len(self.rewinds)} of {most})"
         )
         return True
+
+    def _good_before(self, bad: int) -> list[int]:
+        """The checkpoints to go back to, newest first."""
+        found = []
+        for step in reversed([s for s in self.store.steps() if s < bad]):
+            try:
+                if self.store.page(step).get("good"):
+                    found.append(step)
+            except (ValueError, OSError) as error:
+                say(f"cannot go back to checkpoint {step}: {error}")
+        return found
+
+    def _say(self, text: str) -> None:
+        if hosts.leader():
+            say(text)

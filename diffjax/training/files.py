@@ -13,13 +13,15 @@ import jax
 from diffjax.numerics import PyTree
 from diffjax.training import partial
 
+GOOD = "a_run_may_go_back_to_it"  # metric of a checkpoint, 1 or 0
+
 
 def manager(
     folder: pathlib.Path, latest: int, n_best: int, best: str, before_rename: Callable[[], None], barriers: Any
 ) -> Any:
     """The Orbax manager of a folder.
 
-    Args: latest, n_best: steps kept, of the newest and of the smallest `best`.
+    Args: latest, n_best: steps kept, of the newest and of the smallest `best`; beside them the newest with the metric `GOOD`.
         before_rename: called by process 0 when the files of a save are complete, before its folder gets its name.
         barriers: `(key=, timeout_ms=)` between processes, or None.
     """
@@ -30,6 +32,9 @@ def manager(
     score = lambda metrics: (metrics or {}).get(best, float("inf"))
     # Orbax's own max_to_keep with best_fn deletes the newest step; and without best_fn it forgets the metrics.
     keep = [policies.LatestN(latest)]
+    # The newest good one, beside those that signals left after it; of equal ones the last is kept.
+    good = lambda metrics: (metrics or {}).get(GOOD, 0.0)
+    keep.append(policies.BestN(n=1, get_metric_fn=good, keep_checkpoints_without_metrics=False))
     if n_best:
         best_n = {"n": n_best, "get_metric_fn": score, "reverse": True}  # reverse: smaller is better
         keep.append(policies.BestN(**best_n, keep_checkpoints_without_metrics=False))

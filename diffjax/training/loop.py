@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import sys
 import time
@@ -167,7 +166,7 @@ def fit(
 
     course = Course(
         state, examples, driver, source, store, template=template, page=page, extra=extra or {},
-        emas=getattr(train_step, "emas", ()),
+        emas=getattr(train_step, "emas", ()), save_every=save_every, rewinds=on_bad == "rewind",
     )  # fmt: skip
     state = shapes = restored = None  # the course has them: a second copy would take the memory twice
     signals = Signals()
@@ -196,12 +195,14 @@ def fit(
             recorder.compiled = time.perf_counter() - began
         source.used()
         course.step, course.examples = course.step + n, course.examples + n * size
+        course.unhooked = any(due(hook.every) for hook in hooks)
         with watch.during("device"):
             recorder.add(course.step - n, n, metrics, watch.called(course.step, metrics))
             tracer.called(n, metrics)
-            if due(save_every):
-                recorder.drain()  # whether the state is good must be known before it is saved
-        course.unhooked = any(due(hook.every) for hook in hooks)
+            if due(save_every) or course.unhooked:
+                # Whether the state is good must be known before it is saved or measured; and on every process at this
+                # step, though a hook may give numbers on one process alone.
+                recorder.drain()
 
     def run_hooks() -> None:
         """The hooks that are due; what they measure belongs to the checkpoint of this step alone."""
@@ -228,16 +229,19 @@ def fit(
                     return
                 run_hooks()
             if due(save_every) and course.step < steps and (on_bad != "rewind" or recorder.consecutive == 0):
-                course.save(good=recorder.consecutive == 0)
+                course.save()
 
+    abandoned = False
     with signals, watch, recorder, tracer:
         try:
             with watch.during("start"):
                 course.state = course.state if born else driver.place(course.state)
                 if on_bad == "rewind" and course.saved is None:
-                    course.save(good=True)  # the first place to go back to
-            with contextlib.suppress(Abandoned):
+                    course.save(first=True)
+            try:
                 train()
+            except Abandoned:
+                abandoned = True
             interrupted = stop.settled(signals.caught)
             with watch.during("device"):
                 recorder.drain(finish=course.step == steps)
@@ -259,5 +263,5 @@ def fit(
     interrupted = signals.caught if alone else interrupted  # also one that came during the last save
     return FitResult(
         course.state, course.step, course.examples, interrupted, course.saved, failures, len(course.rewinds),
-        watch.hung,
+        abandoned and watch.hung,
     )  # fmt: skip

@@ -107,7 +107,6 @@ class Recorder(contextlib.AbstractContextManager):
 
     def note(self, step: int, name: str, numbers: dict) -> None:
         """A line of its own for what a hook measured."""
-        self.drain()
         self._write({"step": step, "hook": name, **numbers})
 
     def rewind(self, step: int, examples: int, carried: dict, event: dict) -> None:

@@ -109,11 +109,12 @@ class CheckpointStore:
             "leaves": outline(state),
             **(extra or {}),
         }
+        # Those of process 0, since every process decides by them what is kept, and a hook may have measured on one alone.
+        numbers = first(lambda: {name: float(v) for name, v in (metrics or {}).items() if math.isfinite(v)})
         self._saving = step
         problem = self._clear(step, sum(a.nbytes for a in jax.tree.leaves(state)))
         if problem is None:
             try:
-                numbers = {name: float(value) for name, value in (metrics or {}).items() if math.isfinite(value)}
                 manager = self._open()
                 if self._barriers is not None:
                     self._barriers.begin()
