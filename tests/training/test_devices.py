@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -225,7 +226,8 @@ def test_two_processes_train_save_and_resume_like_one(tmp_path):
             child.kill()
         assert child.returncode == 0, err
         reports.append(json.loads(out.split("REPORT ")[1].splitlines()[0]))
-    assert reports[0] == reports[1] and set(reports[0]) == {"mesh", "pmap"}
+    assert reports[0] == reports[1] and set(reports[0]) == {"mesh", "pmap", "rewind"}
+    rewind = reports[0].pop("rewind")
     state, train_step = toy.make()
     one = fit(
         state, train_step, toy.Batches(), steps=5, devices=jax.devices()[:4], stream=io.StringIO(), per_dispatch=2
@@ -233,3 +235,9 @@ def test_two_processes_train_save_and_resume_like_one(tmp_path):
     for weights, *rest in reports[0].values():
         assert rest == [5, 80, [3, 5]]
         np.testing.assert_allclose(weights, np.abs(one.state.params["w"]).sum(), rtol=1e-5)
+    # Bad: 9 to 11. Back to 8, and on with batch 12: as if 8 to 11 had never been.
+    assert rewind[1:] == [24, 24 * 16, 1]
+    one_step = jax.jit(train_step)
+    for i in [*range(8), *range(12, 28)]:
+        state, _ = one_step(state, jax.tree.map(jnp.asarray, toy.batch(i)))
+    np.testing.assert_allclose(rewind[0], np.abs(state.params["w"]).sum(), rtol=1e-5)

@@ -335,8 +335,8 @@ class Without(toy.Batches):
         return super().__next__()
 
 
-def rewinding(path, steps=40, bad=range(13, 18), batches=None, **options):
-    with open_store(path) as kept:
+def rewinding(path, steps=40, bad=range(13, 18), batches=None, open=open_store, **options):
+    with open(path) as kept:
         batches = toy.Batches(bad=bad) if batches is None else batches
         return train(steps, batches, store=kept, save_every=5, on_bad="rewind", max_skipped=3, **options)
 
@@ -375,6 +375,20 @@ def test_an_interrupted_run_rewinds_as_the_whole_one_does(tmp_path):
         toy.assert_equal(second.state, whole.state)
         assert whole.rewinds == second.rewinds == 1
         assert repeatable(tmp_path / "ma") == repeatable(tmp_path / f"m{stop}")
+
+
+def test_signals_take_no_place_to_go_back_to(tmp_path):
+    """One between a step and its hooks, and one after the last good checkpoint of a store that keeps the latest alone."""
+    hooks = [Hook(5, lambda step, state: None)]
+    whole = rewinding(tmp_path / "a", hooks=hooks)
+    one = lambda path: contextlib.closing(CheckpointStore(path, keep_latest=1, keep_best=0, say=lambda text: None))
+    for stop, step in ((9, 10), (11, 14)):
+        batches = toy.Batches(bad=range(13, 18), on_next=lambda i, stop=stop: kill() if i == stop else None)
+        first = rewinding(tmp_path / str(stop), batches=batches, hooks=hooks, open=one)
+        assert first.exit_code == 143 and first.saved == first.step == step
+        second = rewinding(tmp_path / str(stop), hooks=hooks, open=one, resume=True)
+        assert whole.rewinds == second.rewinds == 1
+        toy.assert_equal(second.state, whole.state)
 
 
 def test_skipped_batches_leave_no_trace_but_the_count():

@@ -1,4 +1,4 @@
-"""One of `n` processes of a run that saves, restores and goes on under two drivers. Run by test_devices.
+"""One of `n` processes of a run that saves, restores and goes on under two drivers, and goes back. Run by test_devices.
 
 Arguments: process, number of processes, port, folder. Prints the sum of the weights, where the run got to, and the saves.
 """
@@ -14,14 +14,14 @@ import numpy as np
 import optax
 import toy
 
-from diffjax.training import CheckpointStore, Layout, fit, init_sharded
+from diffjax.training import CheckpointStore, Hook, Layout, fit, init_sharded
 
 
 class Part(toy.Batches):
     """The rows of each batch that belong to process `i` of `n`."""
 
-    def __init__(self, i, n):
-        super().__init__()
+    def __init__(self, i, n, bad=()):
+        super().__init__(bad=bad)
         self.rows = slice(i * self.size // n, (i + 1) * self.size // n)
 
     def __next__(self):
@@ -46,6 +46,15 @@ def main(i, n, port, folder):
             result = fit(state, train_step, Part(i, n), steps=5, store=store, resume=True, **options)
             weights = np.asarray(result.state.params["w"].addressable_shards[0].data)
             report[name] = [float(np.abs(weights).sum()), result.step, result.examples, store.steps()]
+    state, train_step = toy.make()
+    alone = Hook(3, lambda step, state: {"only": "here"} if i == 0 else None)  # on one process: nobody may wait for it
+    with contextlib.closing(CheckpointStore(f"{folder}/rewind")) as store:
+        result = fit(
+            state, train_step, Part(i, n, bad=range(9, 12)), steps=24, store=store, save_every=8, hooks=[alone],
+            on_bad="rewind", max_skipped=3, per_dispatch=2, stream=io.StringIO(),
+        )  # fmt: skip
+    weights = np.asarray(result.state.params["w"].addressable_shards[0].data)
+    report["rewind"] = [float(np.abs(weights).sum()), result.step, result.examples, result.rewinds]
     print("REPORT", json.dumps(report), flush=True)
 
 
