@@ -166,13 +166,13 @@ def shard_map(
     """
     layout, grid, shardings, put = _laid_out(devices, layout)
     gradients = lambda f: placement.spread(layout, grid, f)
-    options = {"shares": layout.data * layout.fsdp} if getattr(train_step, "noise_scale", False) else {}
+    shares = layout.data * layout.fsdp
 
     def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
-        return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients, **options)
+        return _many(_pin(train_step, shardings), per_dispatch, state, batches, n, spread=gradients, shares=shares)
 
     return Driver(
-        "shard_map", layout.data * layout.fsdp, per_dispatch, shardings, put,
+        "shard_map", shares, per_dispatch, shardings, put,
         jax.jit(run, donate_argnums=0), getattr(train_step, "accumulate", 1),
     )  # fmt: skip
 
@@ -195,11 +195,15 @@ def pmap(
 
     def run(state: TrainState, batches: PyTree, n: Any) -> tuple[TrainState, dict]:
         size = jax.tree.leaves(batches)[0].shape[1]
-        items = jax.lax.axis_index("data") * size + jnp.arange(size, dtype=jnp.int32)
-        reduce = lambda tree: jax.lax.pmean(tree, "data")
+
+        def mean(f: Callable) -> Callable:
+            def gradients(key: Any, params: PyTree, batch: PyTree, items: Any) -> tuple[PyTree, dict]:
+                return jax.lax.pmean(f(key, params, batch, jax.lax.axis_index("data") * size + items), "data")
+
+            return gradients
+
         noise = {"shares": len(devices), "total": len(devices) * size}
-        options = noise if getattr(train_step, "noise_scale", False) else {}
-        return _many(train_step, per_dispatch, state, batches, n, items=items, reduce=reduce, **options)
+        return _many(train_step, per_dispatch, state, batches, n, spread=mean, **noise)
 
     call = jax.pmap(
         run, axis_name="data", in_axes=(None, 1, None), out_axes=None, donate_argnums=0, devices=devices,

@@ -41,11 +41,6 @@ def condition(batch: Batch) -> PyTree:
     return rest["label"] if set(rest) == {"label"} else rest
 
 
-def identity(tree: PyTree) -> PyTree:
-    """The mean over devices where one program sees the whole batch."""
-    return tree
-
-
 @dataclasses.dataclass(frozen=True, eq=False)  # hashed by identity: a loss may hold arrays
 class TrainStep:
     """`train_step(state, batch) -> (state, metrics)`, pure. Made by `make_train_step`."""
@@ -67,23 +62,22 @@ class TrainStep:
         state: TrainState,
         batch: Batch,
         *,
-        items: Any = None,
-        reduce: Callable[[PyTree], PyTree] = identity,
+        spread: Callable[[Callable], Callable] | None = None,
         shares: int = 1,
         total: int | None = None,
-        spread: Callable[[Callable], Callable] = identity,
     ) -> tuple[TrainState, dict]:
-        """One step.   `items`: [B] global positions, default arange.   `reduce`: mean over devices, given by a driver.
-        `spread`: the function `augmented_gradients` as a driver runs it on many devices.   `shares`: devices that take a
-        gradient each, over `total` examples together (default: this batch); for the gradient's noise.
+        """One step. The keywords are for drivers.
 
+        Args: spread: makes of `augmented_gradients` the function that gives the mean over all devices.   shares: devices
+            that take a gradient each, and   total: examples of all of them, default this batch; for the gradient's noise.
         Returns: the next state and scalars: loss, grad_norm, learning_rate, skipped, consecutive, means of the aux.
         """
         size = nu.batch_size(batch)
-        items = jnp.arange(size, dtype=jnp.int32) if items is None else items
+        items = jnp.arange(size, dtype=jnp.int32)
         key = jax.random.fold_in(state.key, state.step)
         # Everything that is summed over devices goes through one call, so that it can be one message.
-        grads, scalars = reduce(spread(self.augmented_gradients)(key, state.params, dict(batch), items))
+        gradients = self.augmented_gradients if spread is None else spread(self.augmented_gradients)
+        grads, scalars = gradients(key, state.params, dict(batch), items)
         grad_norm = optax.tree.norm(grads)
 
         old = (state.params, state.ema, state.opt_state)
