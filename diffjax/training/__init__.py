@@ -11,12 +11,14 @@ from diffjax.training.ema import ema_update
 from diffjax.training.isolated import Isolated, fit_isolated, isolated
 from diffjax.training.layouts import Layout
 from diffjax.training.loop import Diverged, FitResult, Hook, fit
+from diffjax.training.manifest import CheckpointError
 from diffjax.training.memory import OutOfMemory
 from diffjax.training.optimizer import adamw
 from diffjax.training.profile import Profile
+from diffjax.training.reading import Part, Restored
 from diffjax.training.state import TrainState, abstract, init_sharded, init_state
 from diffjax.training.step import TrainStep, condition, make_train_step
-from diffjax.training.store import CheckpointError, CheckpointStore, Part, Restored
+from diffjax.training.store import CheckpointStore
 from diffjax.training.watch import Watchdog
 from diffjax.training.weights import Weights, export_safetensors, load_safetensors
 
@@ -46,13 +48,12 @@ __all__ = [
     "ema_update",
     "export_safetensors",
     "fit",
+    "fit_isolated",
     "init_sharded",
     "init_state",
-    "load_safetensors",
-    "layouts",
-    "fit_isolated",
-    "init_state",
     "isolated",
+    "layouts",
+    "load_safetensors",
     "make_train_step",
     "optimizer",
     "posthoc",

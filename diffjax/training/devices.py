@@ -22,9 +22,8 @@ from diffjax.training import placement
 from diffjax.training.layouts import AXES, Layout
 from diffjax.training.state import TrainState, count_params, place
 
-DISPATCH_WORK = (
-    2e8  # parameters x examples below which several steps per call pay: less host work, and faster code on a CPU
-)
+# Parameters x examples below which several steps per call pay: less host work, and faster code on a CPU.
+DISPATCH_WORK = 2e8
 MAX_PER_DISPATCH = 16
 Step = Callable[..., tuple[TrainState, dict]]
 

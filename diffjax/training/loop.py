@@ -102,7 +102,7 @@ def fit(
         store: where to save every `save_every` steps and at the end.
         save_every: steps between checkpoints; default only at the end.
         resume: restore the newest undamaged checkpoint and the position of `batches` first.
-        hooks: see `Hook`; they run before a checkpoint of the same step, which records their numbers.
+        hooks: see `Hook`; every process calls them; they run before a checkpoint of the same step, which records their numbers.
         log_every: steps per line of the log, each the mean over them.
         metrics_file: JSONL file to append to; lines after the first step of this call are dropped first.
         max_skipped: updates refused in a row that are too many.
@@ -126,7 +126,8 @@ def fit(
         CheckpointError: `resume` without a usable checkpoint.
         Diverged: too many refused updates in a row; the last good state is saved first.
         OutOfMemory: a device has too little memory.
-        An error of the data or of a hook is passed on, after the state was saved.
+        An error of the data or of a hook is passed on, after the state was saved; unsaved where there are several
+            processes, since the others do not know of it.
     """
     counts = {"steps": steps, "log_every": log_every, "max_skipped": max_skipped, "max_rewinds": max_rewinds}
     if save_every is not None:

@@ -55,9 +55,8 @@ class Signals(contextlib.AbstractContextManager):
         """Called by another thread: leave the wait that the main thread is in, if it is in one."""
         if self.active and self._waiting:
             self._abandoning = True
-            signal.pthread_kill(
-                threading.main_thread().ident, signal.SIGTERM
-            )  # wakes blocked calls, which a flag cannot
+            # A signal wakes blocked calls, which a flag cannot.
+            signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)
 
     def _handle(self, number: int, frame: Any) -> None:
         if self._abandoning and number == signal.SIGTERM:

@@ -39,8 +39,8 @@ class Watchdog:
 
     Args: seconds: without a finished step; default the larger of 120 and 20 times the median call of the device. Ten times
         that before the first step is done, and inside a hook or a save.   folder: for `hang-STEP.txt`; without, stderr
-        alone.   abort: end the process with exit code 75, so that a scheduler starts it again; a run that waits for data
-        is saved first.
+        alone.   abort: end the process with exit code 75, so that a scheduler starts it again; a run of
+        one process that waits for data is saved first.
     Raises: ValueError: seconds not positive.
     """
 

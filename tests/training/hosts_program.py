@@ -19,7 +19,7 @@ import numpy as np
 import toy
 
 from diffjax import data
-from diffjax.training import CheckpointStore, devices, fit, hosts
+from diffjax.training import CheckpointStore, Layout, devices, fit, hosts
 
 BATCH, ITEMS, SEED = 16, 40, 5
 
@@ -54,8 +54,8 @@ class Seen:
 
 def layout(name):
     """(driver, dtype): state whole on every device, or cut across all of them and so across processes."""
-    shape = (1, jax.device_count(), 1) if name.startswith("fsdp") else None
-    return functools.partial(devices.mesh, shape=shape), np.float64 if name.endswith("64") else np.float32
+    cut = Layout(fsdp=jax.device_count()) if name.startswith("fsdp") else None
+    return functools.partial(devices.mesh, layout=cut), np.float64 if name.endswith("64") else np.float32
 
 
 def train(name, folder, steps, save_every=None, slow=0.0, per_dispatch=2, devices=None):
