@@ -79,7 +79,7 @@ def test_an_unknown_slug_names_close_matches(capsys):
     assert command.main(["run", "survey/principle"]) == 2
     assert "unknown recipe 'survey/principle'; did you mean survey/principles?" in capsys.readouterr().err
     assert command.main(["run", "ddim_cgf"]) == 2
-    assert "did you mean guidance/ddim_cfg?" in capsys.readouterr().err
+    assert "did you mean guidance/ddim_cfg" in capsys.readouterr().err
     assert command.main(["run", "zzzz"]) == 2
     assert "lists them all" in capsys.readouterr().err
 
