@@ -17,6 +17,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from diffjax.numerics import PyTree
+from diffjax.training.partial import named
 
 AXES = ("data", "fsdp", "model", "sequence")
 Rules = Sequence[tuple[str, PartitionSpec]]
@@ -122,8 +123,8 @@ def check(layout: Layout, init: Callable[..., PyTree], *args: Any) -> PyTree:
     mesh = AbstractMesh(layout.shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
     with jax.sharding.use_abstract_mesh(mesh):
         params = jax.eval_shape(init, *args)
-    for path, leaf in jax.tree_util.tree_flatten_with_path(params)[0]:
-        layout.spec(jax.tree_util.keystr(path, simple=True, separator="/"), leaf.shape)
+    for path, leaf in named(params):
+        layout.spec(path, leaf.shape)
     return params
 
 

@@ -38,7 +38,12 @@ def outline(state: PyTree) -> dict[str, str]:
 def named(tree: PyTree) -> list[tuple[str, Any]]:
     """`(path, leaf)` of every leaf, the path as `a/b/c`."""
     leaves = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), leaf) for path, leaf in leaves]
+    return [(path_name(path), leaf) for path, leaf in leaves]
+
+
+def path_name(path: Any) -> str:
+    """The path of a leaf, as JAX gives it, as `a/b/c`."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionS
 
 from diffjax.numerics import PyTree
 from diffjax.training.layouts import AXES, Layout
+from diffjax.training.partial import named, path_name
 from diffjax.training.state import TrainState
 
 ROWS = ("data", "fsdp")  # the axes that share the batch
@@ -44,16 +45,16 @@ def shardings(layout: Layout, mesh: Mesh | AbstractMesh, state: TrainState) -> P
 
     Other leaves of the optimizer, such as factored moments, are cut along `fsdp` alone.
     """
-    known = {path: (leaf.shape, layout.spec(path, leaf.shape)) for path, leaf in _named(state.params)}
+    known = {path: (leaf.shape, layout.spec(path, leaf.shape)) for path, leaf in named(state.params)}
     plain = dataclasses.replace(layout, rules=())
 
     def leaf(path: Any, a: Any) -> NamedSharding:
-        parts = _path(path).split("/")
+        parts = path_name(path).split("/")
         for i in range(len(parts)):
             shape, spec = known.get("/".join(parts[i:]), (None, None))
             if shape == a.shape:
                 return NamedSharding(mesh, spec)
-        return NamedSharding(mesh, plain.spec(_path(path), a.shape))
+        return NamedSharding(mesh, plain.spec(path_name(path), a.shape))
 
     return jax.tree_util.tree_map_with_path(leaf, state)
 
@@ -82,7 +83,7 @@ def offloaded(
 
 def specs(layout: Layout, params: PyTree) -> PyTree:
     """The `PartitionSpec` of every parameter."""
-    return jax.tree_util.tree_map_with_path(lambda path, a: layout.spec(_path(path), a.shape), params)
+    return jax.tree_util.tree_map_with_path(lambda path, a: layout.spec(path_name(path), a.shape), params)
 
 
 def spread(layout: Layout, mesh: Mesh, gradients: Callable[..., Any]) -> Callable[..., Any]:
@@ -161,11 +162,3 @@ def _gather(a: Any, spec: PartitionSpec) -> Any:
 
 def _scatter(a: Any, axis: int | None) -> Any:
     return a if axis is None else jax.lax.psum_scatter(a, "fsdp", scatter_dimension=axis, tiled=True)
-
-
-def _path(path: Any) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator="/")
-
-
-def _named(tree: PyTree) -> list[tuple[str, Any]]:
-    return [(_path(path), leaf) for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]]

@@ -16,6 +16,7 @@ from diffjax.numerics import PyTree, batch_size
 from diffjax.training import flops
 from diffjax.training.cuts import Cut, Follower, local_bytes
 from diffjax.training.layouts import Layout
+from diffjax.training.partial import named
 from diffjax.training.state import TrainState, init_state
 
 REMAT = ("remat", "remat2", "checkpoint")
@@ -194,9 +195,3 @@ def size_of(a: Any) -> int:
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a = jax.eval_shape(jax.random.key_data, a)
     return math.prod(a.shape) * a.dtype.itemsize
-
-
-def named(tree: PyTree) -> list[tuple[str, Any]]:
-    """The leaves with their paths `a/b/c`."""
-    found = jax.tree_util.tree_flatten_with_path(tree)[0]
-    return [(jax.tree_util.keystr(path, simple=True, separator="/"), a) for path, a in found]
