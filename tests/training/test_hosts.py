@@ -239,7 +239,9 @@ def test_a_killed_process_is_noticed_and_the_job_resumes(tmp_path):
     finally:
         child.kill()
     assert "process 1 of 2 was killed by SIGKILL; stopping the others" in out
-    assert "process 1 of 2 (pid " in out and "died first, after " in out and "process 0 of 2 ended with" in out
+    assert "process 1 of 2 (pid " in out and "died first, after " in out
+    # By an error of a sum with the dead, or by the launcher while it waits for the dead to finish a save.
+    assert "process 0 of 2 ended with" in out or "process 0 of 2 was killed by SIG" in out, out[-3000:]
     again = out.splitlines()[-1].removeprefix("resume with: diffjax ")
     assert again.startswith("launch -n 2 --devices-per-process 1 -- ")
     finish(start(shlex.split(again)))
