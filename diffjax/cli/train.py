@@ -16,7 +16,7 @@ from diffjax import networks, training
 from diffjax.cli import build, check, config, console, evaluate, hooks, launch, plan, plot
 from diffjax.cli import run as runs
 from diffjax.cli.hooks import kept
-from diffjax.training import CheckpointStore, flops, hosts
+from diffjax.training import CheckpointStore, devices, flops, hosts
 from diffjax.training import plan as plans
 
 
@@ -138,6 +138,7 @@ def main(args: config.Train) -> int:
     module = build.network(settings.model, shape, classes, build.vector_size(t))
     layout = build.layout(t, module, jax.device_count())
     shapes = training.layouts.check(layout, init, jax.random.key(settings.seed))
+    devices.driver(build.parallel(t), train_step, layout=layout)  # refuses what these devices or processes cannot do
     count = networks.parameter_count(build.of_network(settings.objective, shapes))
     start = functools.partial(training.init_sharded, init, optimizer, settings.seed, emas=averages)
     if settings.init is not None and not resume:

@@ -9,6 +9,7 @@ import pytest
 from cli_tools import TINY, losses
 
 import diffjax
+from diffjax.training import placement
 
 
 def test_a_run_may_cut_its_state_and_go_on_with_another_layout(trained, call):
@@ -54,4 +55,11 @@ def test_layouts_that_do_not_fit_are_refused_before_anything_is_written(call, wo
     code, _, err = call("train", *words.split())
     (line,) = [text for text in err.splitlines() if text.startswith("diffjax: error: ")]
     assert code == 2 and re.search(BAD[words], line), line
+    assert not list(pathlib.Path().iterdir())
+
+
+def test_a_backend_without_memory_of_the_host_is_refused_before_anything_is_written(call, monkeypatch):
+    monkeypatch.setattr(placement, "HOST", "nowhere")
+    code, _, err = call("train", "moons", "--training.offload")
+    assert code == 2 and "offload needs memory of the kind nowhere" in err
     assert not list(pathlib.Path().iterdir())

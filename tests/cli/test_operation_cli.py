@@ -40,6 +40,16 @@ def test_profile_may_stand_without_a_number():
     assert _profile(["--profile", "7", "x"]) == ["--profile", "7", "x"] and _profile(["x"]) == ["x"]
 
 
+def test_each_of_several_processes_traces_into_a_folder_of_its_own(monkeypatch):
+    asked = config.Train(profile=3)
+    assert str(train.profile(asked, pathlib.Path("r")).folder) == "r/profile"
+    monkeypatch.setattr(train.jax, "process_count", lambda: 2)
+    monkeypatch.setattr(train.jax, "process_index", lambda: 1)
+    found = train.profile(asked, pathlib.Path("r"))
+    assert (str(found.folder), found.steps) == ("r/profile/process-1", 3)
+    assert train.profile(config.Train(), pathlib.Path("r")) is None
+
+
 def test_options_of_the_operation(call):
     settings = config.Train(watchdog=0.0)
     assert train.watchdog(settings, runs.pathlib.Path("r")) is None
