@@ -7,6 +7,7 @@ RUN/metrics.jsonl one line per log interval
 RUN/samples/      a PNG for each interval
 RUN/metrics.json  scores
 RUN/ema/          snapshots of averages, and averages made from them
+RUN/export/       weights for other libraries
 RUN/loss.png      the loss over time, where matplotlib is installed
 RUN/profile/      a trace of some steps, if asked for: `xprof --logdir RUN/profile`, or its .trace.json.gz at ui.perfetto.dev
 RUN/hang-STEP.txt what the run was waiting for when it stood still

@@ -44,7 +44,8 @@ def resolve(args: config.Train) -> tuple[config.Train, pathlib.Path, bool]:
     if changed:
         lines = ", ".join(f"{k} is {a!r} there, {b!r} here" for k, (a, b) in changed.items())
         raise ValueError(
-            f"{folder} is a run with another configuration: {lines}. Leave these options out, or start a new run with --run"
+            f"{folder} is a run with another configuration: {lines}. Leave these options out, or start a new run "
+            f"with --run; --init {folder} begins it with these weights"
         )
     reached = runs.check_steps(folder)[-1]
     if args.training.steps < reached:
