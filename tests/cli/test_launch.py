@@ -35,11 +35,15 @@ time.sleep(600)
 """
 # Ends by itself: process 1 fails after its words, process 0 ignores being asked to stop.
 FAILER = """
-import os, signal, sys, time
+import os, pathlib, signal, sys, time
+ignores = pathlib.Path(__file__ + os.environ["DIFFJAX_COORDINATOR"])  # another one in every attempt
 if os.environ["DIFFJAX_PROCESS"] == "1":
+    while not ignores.exists():
+        time.sleep(0.02)
     print("the last words", file=sys.stderr)
     sys.exit(5)
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
+ignores.touch()
 time.sleep(600)
 """
 SHOWER = """
