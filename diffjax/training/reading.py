@@ -148,9 +148,7 @@ class Checkpoints:
             if verdict["refused"]:
                 raise CheckpointError(verdict["refused"])
             problem, page = verdict["problem"], verdict["page"]
-            if problem is not None:
-                self._damaged.add(candidate)
-            else:
+            if problem is None:
                 try:
                     found = read(candidate, page)
                 except CheckpointError:  # it does not fit the template, as every process finds
@@ -162,7 +160,13 @@ class Checkpoints:
                 if report:
                     self._tell("\n".join([*report, f"continuing from checkpoint {candidate}"]))
                 return Restored(candidate, found, page, tuple(report))
+            if step is None and first(lambda c=candidate: c not in self.steps()):
+                continue  # a run that is being trained has removed it since
+            if verdict["problem"] is not None:
+                self._damaged.add(candidate)
             report.append(f"checkpoint {candidate} in {self.directory} is damaged: {problem}")
+        if step is None and set(first(self.steps)) - set(steps):
+            return self._newest(step, verify, read)
         others = [s for s in steps if s != step]
         way_out = f"; the other steps are {words(others)}" if others and step is not None else ""
         raise CheckpointError("\n".join(report) + (way_out or "\nno undamaged checkpoint is left"))

@@ -1,6 +1,7 @@
 import json
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
@@ -290,3 +291,22 @@ def test_kill_9_while_saving_leaves_a_listed_good_step(tmp_path):
 def test_outline_names_paths_dtypes_and_shapes(states):
     lines = outline(states[0])
     assert lines["params/w"] == "float32[3,3]" and lines["key"] == "key<fry>[]" and lines["skipped/total"] == "int32[]"
+
+
+def test_steps_that_a_run_removes_while_they_are_read_are_not_damaged(saved, states, monkeypatch):
+    """The reader has listed 1 and 2; before it looks at them, the run that is being trained has kept 3 alone."""
+    reader, messages = make_store(saved)
+    check = reader.check
+
+    def slow(step, **options):
+        if (saved / "2").exists():
+            shutil.copytree(saved / "2", saved / "3")
+            for old in "12":
+                shutil.rmtree(saved / old)
+        return check(step, **options)
+
+    monkeypatch.setattr(reader, "check", slow)
+    with reader:
+        found = reader.restore(states[0])
+    toy.assert_equal(found.state, states[2])
+    assert found.step == 3 and not found.report and not messages
