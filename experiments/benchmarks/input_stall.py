@@ -1,8 +1,8 @@
 """How long training waits for its data: the main job's digits, and PNG pictures read and decoded from a folder.
 
 `input_stall` of the log is the share of the time in which the loop waited for data while the device had nothing to do; its
-mean over the run after the first window, which holds the compilation. Limit: <= 2 % with prefetching. Without prefetching it
-shows what there is to hide.
+mean over the run after the first window, which holds the compilation. Limit: <= 2 % with prefetching. Calls of the
+device are queued, which hides much of the reading even without it.
 """
 
 from __future__ import annotations
