@@ -23,6 +23,7 @@ from diffjax.networks.magnitude import (
     with_ones,
 )
 from diffjax.networks.taps import Tap
+from diffjax.networks.unet import check_levels
 
 
 def modulated(y: Any, c: Any, dtype: Any, name: str) -> jax.Array:
@@ -105,7 +106,7 @@ class EDM2UNet(nn.Module):
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, H, W, C]")
-        self._check(x)
+        check_levels(self, x)
         condition = read_condition(
             cond, x, num_classes=self.num_classes, vector_size=self.vector_size, image_channels=self.image_channels
         )
@@ -140,23 +141,6 @@ class EDM2UNet(nn.Module):
                 h = block(mp_cat(h, skips.pop(), self.join), n, i in self.attention, f"up_{i}_{j}")
         y = MPConv(self.out_channels or x.shape[-1], dtype=self.dtype, name="out")(h)
         return (y * Gain(name="out_gain")().astype(y.dtype)).astype(at_least_float32(x.dtype))
-
-    def _check(self, x: Any) -> None:
-        levels = len(self.widths)
-        if levels == 0 or self.blocks < 1:
-            raise ValueError(
-                f"EDM2UNet needs at least one width and blocks >= 1; got {self.widths} and blocks={self.blocks}"
-            )
-        if any(not 0 <= i < levels for i in self.attention):
-            raise ValueError(
-                f"attention must name levels 0 to {levels - 1} of widths={self.widths}; got {self.attention}"
-            )
-        factor = 2 ** (levels - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(
-                f"EDM2UNet with {levels} levels needs height and width divisible by {factor}; got a state of shape "
-                f"{x.shape}. Pad it, or use fewer widths"
-            )
 
 
 class EDM2MLP(nn.Module):

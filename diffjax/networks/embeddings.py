@@ -90,6 +90,18 @@ class TimeCode(nn.Module):
         return constrain(Dense(self.features, dtype=self.dtype, name="out")(self.act(h)), "batch", ...)
 
 
+def rows_of(table: Any, label: Any) -> jax.Array:
+    """The rows of a table that labels name, NaN where there is no such row.   [N, d], [B] -> [B, d]
+
+    Example:
+        >>> rows_of(jnp.ones((2, 1)), jnp.array([1, -1, 2])).ravel().tolist()
+        [1.0, nan, nan]
+    """
+    rows = jnp.take(table, label, axis=0, mode="fill", fill_value=jnp.nan)
+    rows = jnp.where((label >= 0)[..., None], rows, jnp.nan)  # negative indices would count from the end
+    return constrain(rows, "batch", None)
+
+
 class LabelEmbedding(nn.Module):
     """A table of `num_classes + 1` vectors; the last one, index `num_classes`, is the learned "no label".   y =
     E[label]
@@ -113,6 +125,4 @@ class LabelEmbedding(nn.Module):
         """Look the labels up."""
         # Rows of unit variance, so that label and time code enter their sum with the same size.
         table = self.param("table", fan_in_uniform(fan_in=1), (self.num_classes + 1, self.features), jnp.float32)
-        rows = jnp.take(table, label, axis=0, mode="fill", fill_value=jnp.nan)
-        rows = jnp.where((label >= 0)[..., None], rows, jnp.nan)  # negative indices would count from the end
-        return constrain(rows, "batch", None).astype(self.dtype)
+        return rows_of(table, label).astype(self.dtype)

@@ -19,6 +19,7 @@ from jax import lax
 
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.conditions import Condition
+from diffjax.networks.embeddings import rows_of
 from diffjax.networks.layers import at_least_float32, choose_form, fan_in_uniform
 from diffjax.networks.taps import Tap
 
@@ -187,8 +188,7 @@ class MPEmbedding(nn.Module):
         """Look the labels up."""
         shape = (self.num_classes + 1, self.features)
         table = self.param("kernel", fan_in_uniform(fan_in=1), shape, jnp.float32)
-        rows = jnp.take(math.sqrt(shape[0]) * _directions(table), label, axis=0, mode="fill", fill_value=jnp.nan)
-        return Tap(name="out")(jnp.where((label >= 0)[..., None], rows, jnp.nan).astype(self.dtype))
+        return Tap(name="out")(rows_of(math.sqrt(shape[0]) * _directions(table), label).astype(self.dtype))
 
 
 class MPCode(nn.Module):

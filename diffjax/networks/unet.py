@@ -30,6 +30,24 @@ from diffjax.networks.taps import Tap
 RULES = (*ATTENTION, *RESIDUAL, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
+def check_levels(net: Any, x: Any) -> None:
+    """Refuse a U-Net's `widths`, `blocks` and `attention` that do not fit each other, or a state of another size.
+
+    Raises: ValueError: no widths or blocks, a level of attention that does not exist, a height or width not divisible.
+    """
+    name, levels = type(net).__name__, len(net.widths)
+    if levels == 0 or net.blocks < 1:
+        raise ValueError(f"{name} needs at least one width and blocks >= 1; got {net.widths} and blocks={net.blocks}")
+    if any(not 0 <= i < levels for i in net.attention):
+        raise ValueError(f"attention must name levels 0 to {levels - 1} of widths={net.widths}; got {net.attention}")
+    factor = 2 ** (levels - 1)
+    if x.shape[1] % factor or x.shape[2] % factor:
+        raise ValueError(
+            f"{name} with {levels} levels needs height and width divisible by {factor}; got a state of shape "
+            f"{x.shape}. Pad it, or use fewer widths"
+        )
+
+
 class ResBlock(nn.Module):
     """Two convolutions with FiLM between them, then attention if asked.   skip(x) + Conv(act(FiLM(norm(h))))"""
 
@@ -110,7 +128,9 @@ class UNet(nn.Module):
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, H, W, C]")
-        self._check(x)
+        check_levels(self, x)
+        if self.token_size and not self.attention:
+            raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
         condition = read_condition(
             cond,
             x,
@@ -154,22 +174,3 @@ class UNet(nn.Module):
         out = self.out_channels or x.shape[-1]
         y = Conv(out, form=self.conv, zero=True, dtype=self.dtype, name="out")(h)
         return y.astype(at_least_float32(x.dtype))
-
-    def _check(self, x: Any) -> None:
-        levels = len(self.widths)
-        if levels == 0 or self.blocks < 1:
-            raise ValueError(
-                f"UNet needs at least one width and blocks >= 1; got {self.widths} and blocks={self.blocks}"
-            )
-        if any(not 0 <= i < levels for i in self.attention):
-            raise ValueError(
-                f"attention must name levels 0 to {levels - 1} of widths={self.widths}; got {self.attention}"
-            )
-        if self.token_size and not self.attention:
-            raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
-        factor = 2 ** (levels - 1)
-        if x.shape[1] % factor or x.shape[2] % factor:
-            raise ValueError(
-                f"UNet with {levels} levels needs height and width divisible by {factor}; got a state of shape "
-                f"{x.shape}. Pad it, or use fewer widths"
-            )

@@ -150,12 +150,14 @@ def fit(
     shapes = jax.eval_shape(lambda: state(make(1))) if born else state
     template = abstract(shapes, make(1).shardings(shapes)) if store is not None else None
 
-    if resume:
-        restored, born = store.restore(template), False
-        state, page, examples = restored.state, restored.page, restored.page["examples"]
-        batches.set_state(page["data"])
-    elif born:
-        state = state(make(1))
+    on_disk = lambda: max(store.steps(), default=None) if resume else None
+    with memory.explained(lambda: ("start", shapes, None, make(1), on_disk())):
+        if resume:
+            restored, born = store.restore(template), False
+            state, page, examples = restored.state, restored.page, restored.page["examples"]
+            batches.set_state(page["data"])
+        elif born:
+            state = state(make(1))
     step, size = int(state.step), 0
     most = per_dispatch or devices_.MAX_PER_DISPATCH
     source = Source(batches, steps, keep=(AHEAD + 2) * most if on_bad == "rewind" else 0)
@@ -233,26 +235,22 @@ def fit(
                 course.save()
 
     abandoned = False
-    with signals, watch, recorder, tracer:
+    situation = lambda: (watch.failed, course.state, size, driver, course.saved)
+    with signals, watch, recorder, tracer, memory.explained(situation):
+        with watch.during("start"):
+            course.state = course.state if born else driver.place(course.state)
+            if on_bad == "rewind" and course.saved is None:
+                course.save(first=True)
         try:
-            with watch.during("start"):
-                course.state = course.state if born else driver.place(course.state)
-                if on_bad == "rewind" and course.saved is None:
-                    course.save(first=True)
-            try:
-                train()
-            except Abandoned:
-                abandoned = True
-            interrupted = stop.settled(signals.caught)
-            with watch.during("device"):
-                recorder.drain(finish=course.step == steps)
-            if recorder.bad_at is not None and on_bad == "rewind" and interrupted is not None:
-                course.rewind(recorder.bad_at, max_rewinds)  # a resumed run does the same again, at the same step
-            course.finish()
-        except RuntimeError as error:
-            if memory.exhausted(error):
-                raise memory.explain(error, watch.failed, course.state, size, driver, course.saved) from error
-            raise
+            train()
+        except Abandoned:
+            abandoned = True
+        interrupted = stop.settled(signals.caught)
+        with watch.during("device"):
+            recorder.drain(finish=course.step == steps)
+        if recorder.bad_at is not None and on_bad == "rewind" and interrupted is not None:
+            course.rewind(recorder.bad_at, max_rewinds)  # a resumed run does the same again, at the same step
+        course.finish()
     if recorder.bad_at is not None:
         kept = f"The state before them is saved as checkpoint {course.saved}. " if course.saved is not None else ""
         raise Diverged(

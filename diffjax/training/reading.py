@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from diffjax.numerics import PyTree
-from diffjax.training import files, folder, manifest, partial
+from diffjax.training import files, folder, manifest, memory, partial
 from diffjax.training.hosts import agreed, first
 from diffjax.training.manifest import CheckpointError, first_line
 from diffjax.training.partial import outline
@@ -156,6 +156,8 @@ class Checkpoints:
                 except Exception as error:
                     problem = f"it cannot be read ({first_line(error)})"
                 problem = agreed(problem)
+                if problem is not None and memory.EXHAUSTED in problem:  # not the fault of the files
+                    raise RuntimeError(f"checkpoint {candidate} in {self.directory}: {problem}")
             if problem is None:
                 if report:
                     self._tell("\n".join([*report, f"continuing from checkpoint {candidate}"]))

@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -31,18 +31,16 @@ def modules() -> dict[str, Any]:
     return {name: module for name, module in found.items() if hasattr(module, "TITLE")}
 
 
-def inject(module: Any, quick: bool) -> list[Row]:
-    """The rows of one module; one that breaks off is a fault that did not hold."""
+def inject(module: Any, quick: bool) -> Iterator[Row]:
+    """The rows of one module as they come; one that breaks off is a fault that did not hold."""
     folder = pathlib.Path(tempfile.mkdtemp(prefix="faults-"))
-    rows: list[Row] = []
     try:
-        rows.extend(module.run(folder, quick))
+        yield from module.run(folder, quick)
     except Exception as error:  # the other faults must still be seen
         traceback.print_exc()
-        rows.append(Row(module.TITLE, 1, 0, f"broke off: {type(error).__name__}: {error}".splitlines()[0]))
+        yield Row(module.TITLE, 1, 0, f"broke off: {type(error).__name__}: {error}".splitlines()[0])
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    return rows
 
 
 def markdown(page: dict) -> str:
@@ -91,8 +89,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     held = True
     for name in args.names or known:
         start = time.perf_counter()
-        rows = inject(known[name], args.quick)
-        for row in rows:
+        rows = []
+        for row in inject(known[name], args.quick):
+            rows.append(row)
             mark = "" if row.held >= row.injected else "  FAILS"
             print(f"{row.fault:44s} {row.injected:8d} {row.held:5d}  {row.measured}{mark}", flush=True)
             held = held and not mark

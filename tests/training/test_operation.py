@@ -27,6 +27,7 @@ from diffjax.training import (
     Profile,
     Watchdog,
     devices,
+    files,
     fit,
     record,
     store,
@@ -317,6 +318,26 @@ def test_memory_that_is_not_enough_is_explained(tmp_path):
     assert all(
         way in text for way in ("smaller batch", "accumulate above 1", "per_dispatch", "remat", "bfloat16", "fsdp")
     )
+
+
+def test_memory_that_the_state_alone_exceeds_is_explained_and_no_checkpoint_called_damaged(tmp_path, monkeypatch):
+    state, train_step = TOY
+    large = lambda driver: dataclasses.replace(state, params={"w": jnp.ones(2**46)})
+    with pytest.raises(
+        OutOfMemory, match="(?s)while: making.*tried: parameters 268435456.0 MiB.*fsdp.*nothing was saved"
+    ):
+        fit(large, train_step, toy.Batches(), steps=1, **ONE)
+
+    def exhausted(folder, template):
+        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 8 bytes.")
+
+    told = []
+    with contextlib.closing(CheckpointStore(tmp_path, say=told.append)) as kept:
+        train(4, store=kept)
+        monkeypatch.setattr(files, "read", exhausted)
+        with pytest.raises(OutOfMemory, match="(?s)RESOURCE_EXHAUSTED.*checkpoint 4 is on disk"):
+            train(8, store=kept, resume=True)
+        assert kept.steps() == [4] and not told
 
 
 # ------------------------------------------------------------------------------------------------- refused updates

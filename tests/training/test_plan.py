@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 import toy
+from collectives import collectives
 
 from diffjax import networks, training
 from diffjax.cli import build, config
@@ -155,15 +156,7 @@ def small(accumulate=1, **model):
 
 def real(text):
     """Bytes of the results of a compiled program's messages, by kind."""
-    width = {"f32": 4, "s32": 4, "u32": 4, "pred": 1}
-    found = {}
-    for line in text.splitlines():
-        if (m := re.search(r"= (.*?) (all-reduce|all-gather|reduce-scatter)(-start)?\(", line)) is None:
-            continue
-        shapes = re.findall(r"(\w+)\[([\d,]*)\]", m.group(1))
-        size = sum(width[t] * int(np.prod([int(n) for n in dims.split(",") if n], dtype=int)) for t, dims in shapes)
-        found[m.group(2)] = found.get(m.group(2), 0) + size
-    return found
+    return {kind: size for kind, (_, size) in collectives(text).items()}
 
 
 def held(tree):
@@ -202,6 +195,22 @@ def test_fsdp_sends_what_its_program_sends():
     found = real(driver.lower(driver.place(state), batch).compile().as_text())
     assert {("fsdp",): found["all-gather"]} == sent(made, "all-gather", "parameters")
     assert {("fsdp",): 8 * found["reduce-scatter"]} == sent(made, "reduce-scatter", "gradients")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "sizes, remat, rel", [({"fsdp": 8}, "none", 0.01), ({"data": 4, "sequence": 2}, "none", 0.001)]
+)
+def test_the_compiler_gathers_what_is_planned(sizes, remat, rel):
+    """Parameters once without recomputation; keys and values of a cut sequence once."""
+    train_step, params, whole, rules, state, batch = small(remat=remat)
+    layout = Layout(rules=rules, **sizes)
+    made = plan.plan(train_step, params, whole, layout)
+    driver = devices.mesh(train_step, layout=layout)
+    found = real(driver.lower(driver.place(state), batch).compile().as_text())
+    assert found["all-gather"] == pytest.approx(
+        sum(c.bytes for c in made.collectives if c.kind == "all-gather"), rel=rel
+    )
 
 
 @pytest.mark.slow
