@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from diffjax.networks import dit, mlp, unet
 from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.attention import Attention
 from diffjax.networks.classifier import Classifier
@@ -95,6 +94,8 @@ CATALOGUE: dict[str, Card] = {
     "mlp": Card(MLP, summary="residual MLP for vectors, adaptive normalisation", flags=("vector",)),
     "unet": Card(UNet, paper="arXiv:2006.11239#appB", summary="U-Net with FiLM and attention", flags=("image",)),
     "dit": Card(DiT, paper="arXiv:2212.09748#3.2", summary="transformer with adaLN-zero", flags=("image",)),
+    "edm2": Card(EDM2UNet, paper="arXiv:2312.02696#fig21", summary="magnitude-preserving U-Net", flags=("image",)),
+    "edm2_mlp": Card(EDM2MLP, paper="arXiv:2312.02696", summary="magnitude-preserving MLP", flags=("vector",)),
 }
 
 
@@ -108,15 +109,12 @@ def parameter_count(params: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
 
 
-RULES = {DiT: dit.RULES, MLP: mlp.RULES, UNet: unet.RULES}
-
-
 def partition_rules(module: Any) -> tuple:
     """How the parameters of a network are cut along the mesh axis `model`: pairs `(pattern of the path, spec)`.
 
     For `training.layouts.Layout(rules=...)`, where the first pattern found decides: `(*own, *partition_rules(net))`
     puts rules of one's own first. The specs are those of the last axes, so that they hold for looped and scanned stacks.
-    Args: module: a network of this library, or any other, for which there are no rules: it can be cut along `fsdp` alone.
+    Args: module: any; rules are the class attribute `RULES`. A network without them can be cut along `fsdp` alone.
 
     Example:
         >>> partition_rules(DiT())[0]
@@ -124,7 +122,7 @@ def partition_rules(module: Any) -> tuple:
 
     Reference: Shoeybi et al. 2019, arXiv:1909.08053, section 3.
     """
-    return RULES.get(type(module), ())
+    return getattr(type(module), "RULES", ())
 
 
 def initialise(module: nn.Module, key: jax.Array, x: Any, t: Any, cond: Any = None) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,8 @@ from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat
-from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, constrain
+from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, Rules, constrain
 from diffjax.networks.taps import Tap
-
-RULES = (*ATTENTION, *BLOCK, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
 def patches(x: Any, p: int) -> jax.Array:
@@ -109,6 +107,7 @@ class DiT(nn.Module):
     scan_layers: bool = False
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
+    RULES: ClassVar[Rules] = (*ATTENTION, *BLOCK, *FILM, *CODE)  # along the mesh axis `model`
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
@@ -160,3 +159,12 @@ class DiT(nn.Module):
         out = self.out_channels or channels
         y = Dense(p * p * out, zero=True, dtype=self.dtype, name="out")(z)
         return unpatches(y, p, h, w).astype(at_least_float32(x.dtype))
+
+
+# width, depth, heads: Table 1 of arXiv:2212.09748; arXiv:2401.08740 (SiT) has the same four networks
+SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
+PRESETS = {
+    f"dit-{name}/{patch}": (DiT, dict(width=w, depth=d, heads=h, patch=patch, sinusoids=256))
+    for name, (w, d, h) in SIZES.items()
+    for patch in (2, 4, 8)
+}

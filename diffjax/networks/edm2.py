@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ from diffjax.networks.magnitude import (
     pixel_norm,
     with_ones,
 )
+from diffjax.networks.partition import COLUMN, ROW, Rules
 from diffjax.networks.taps import Tap
 from diffjax.networks.unet import check_levels
 
@@ -101,6 +102,7 @@ class EDM2UNet(nn.Module):
     dropout: float = 0.0
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
+    RULES: ClassVar[Rules] = ((r"_\d+/(conv_in|film)/kernel$", COLUMN), (r"_\d+/conv_out/kernel$", ROW))
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
@@ -166,6 +168,7 @@ class EDM2MLP(nn.Module):
     residual: float = 0.3
     dropout: float = 0.0
     dtype: Any = jnp.float32
+    RULES: ClassVar[Rules] = ((r"(hidden|film)_\d+/kernel$", COLUMN), (r"residual_\d+/kernel$", ROW))
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
@@ -185,3 +188,10 @@ class EDM2MLP(nn.Module):
             h = Tap(name=f"block_{i}")(mp_sum(h, y, self.residual))
         y = MPDense(self.out_features or x.shape[-1], self.dtype, name="out")(h)
         return (y * Gain(name="out_gain")().astype(y.dtype)).astype(at_least_float32(x.dtype))
+
+
+# channels of the first level: arXiv:2312.02696, Table 2 (configuration G for ImageNet-512 latents)
+PRESETS = {
+    f"edm2-{name}": (EDM2UNet, {"widths": (w, 2 * w, 3 * w, 4 * w)})
+    for name, w in {"xs": 128, "s": 192, "m": 256, "l": 320, "xl": 384, "xxl": 448}.items()
+}

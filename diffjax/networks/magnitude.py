@@ -93,7 +93,7 @@ class Gain(nn.Module):
     """One learned number that starts at zero."""
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self) -> Any:
         """The number."""
         return self.param("gain", nn.initializers.zeros, (), jnp.float32)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -13,10 +13,8 @@ from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat, spread
-from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, constrain
+from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, Rules, constrain
 from diffjax.networks.taps import Tap
-
-RULES = (*ATTENTION, *BLOCK, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
 class MLPBlock(nn.Module):
@@ -80,6 +78,7 @@ class MLP(nn.Module):
     scan_layers: bool = False
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
+    RULES: ClassVar[Rules] = (*ATTENTION, *BLOCK, *FILM, *CODE)  # along the mesh axis `model`
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:

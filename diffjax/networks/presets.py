@@ -7,20 +7,10 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks.dit import DiT
+from diffjax.networks import dit, edm2
 
-# width, depth, heads: Table 1 of arXiv:2212.09748; arXiv:2401.08740 (SiT) has the same four networks
-DIT = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
-PATCHES = (2, 4, 8)
-
-
-def dit(size: str, patch: int, **fields: Any) -> DiT:
-    """A diffusion transformer of a published size; 256 sinusoidal time features, as there."""
-    width, depth, heads = DIT[size]
-    return DiT(**{"width": width, "depth": depth, "heads": heads, "patch": patch, "sinusoids": 256, **fields})
-
-
-PRESETS = {f"dit-{size}/{patch}": (dit, (size, patch)) for size in DIT for patch in PATCHES}
+# name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
+PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {**dit.PRESETS, **edm2.PRESETS}
 
 
 def preset(name: str, **fields: Any) -> nn.Module:
@@ -38,5 +28,5 @@ def preset(name: str, **fields: Any) -> nn.Module:
         close = difflib.get_close_matches(name, PRESETS, 3, 0.4)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
         raise ValueError(f"unknown network {name!r}.{hint} There are {', '.join(PRESETS)}")
-    make, args = PRESETS[name]
-    return make(*args, **fields)
+    make, given = PRESETS[name]
+    return make(**given | fields)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -24,10 +24,8 @@ from diffjax.networks.layers import (
     rematerialised,
     spread,
 )
-from diffjax.networks.partition import ATTENTION, CODE, FILM, RESIDUAL, constrain
+from diffjax.networks.partition import ATTENTION, CODE, FILM, RESIDUAL, Rules, constrain
 from diffjax.networks.taps import Tap
-
-RULES = (*ATTENTION, *RESIDUAL, *FILM, *CODE)  # how parameters are cut along the mesh axis `model`
 
 
 def check_levels(net: Any, x: Any) -> None:
@@ -123,6 +121,7 @@ class UNet(nn.Module):
     conv: ConvForm | None = None  # `layers.native`, `layers.slices`, or None: the faster
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
+    RULES: ClassVar[Rules] = (*ATTENTION, *RESIDUAL, *FILM, *CODE)  # along the mesh axis `model`
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:

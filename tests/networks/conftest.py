@@ -2,10 +2,10 @@
 
 import jax
 import pytest
-from network_cases import NETS, case_of
+from network_cases import FULL, case_of
 
 
-@pytest.fixture(scope="session", params=list(NETS))
+@pytest.fixture(scope="session", params=list(FULL))
 def case(request):
     return case_of(request.param)
 

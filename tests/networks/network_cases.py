@@ -21,32 +21,47 @@ class Case(NamedTuple):
         return nw.from_linen(self.net)
 
 
-def inputs(shape, seed=0):
+KINDS = {"num_classes": "label", "vector_size": "vector", "token_size": "tokens", "image_channels": "image"}
+
+
+def inputs(net, shape, seed=0):
+    """A state of that shape, times, and the kinds of condition for which the network is configured."""
     rng = np.random.default_rng(seed)
     normal = lambda *s: rng.standard_normal(s).astype(np.float32)
+    size = {kind: getattr(net, field, 0) for field, kind in KINDS.items()}
     cond = {
         "label": np.array([0, 2, 3], np.int32),
-        "vector": normal(B, 2),
-        "tokens": normal(B, 5, 4),
-        "mask": np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 0]], bool),
+        "vector": normal(B, size["vector"]),
+        "tokens": normal(B, 5, size["tokens"]),
+        "image": normal(B, *shape[:-1], size["image"]),
     }
-    if len(shape) == 3:
-        cond["image"] = normal(B, *shape[:2], 1)
+    cond = {kind: value for kind, value in cond.items() if size[kind]}
+    if size["tokens"]:
+        cond["mask"] = np.array([[1, 1, 1, 0, 0], [1, 0, 1, 1, 0], [1, 1, 1, 1, 0]], bool)
     return normal(B, *shape), rng.uniform(size=B).astype(np.float32), cond
 
 
+# Each catalogue entry once: a tiny network that takes every kind of condition it can, and the shape of an item.
 FIELDS = dict(num_classes=3, vector_size=2, token_size=4)
 NETS = {
     "mlp": (nw.MLP(width=8, depth=2, heads=2, **FIELDS), (5,)),
-    "unet": (nw.UNet(widths=(8, 12), head_size=4, code=8, image_channels=1, **FIELDS), (4, 6, 2)),
+    "unet": (nw.UNet(widths=(8, 16), head_size=4, code=8, image_channels=1, **FIELDS), (4, 6, 2)),
     "dit": (nw.DiT(width=8, depth=2, heads=2, expand=2, image_channels=1, qk_norm=True, **FIELDS), (4, 6, 2)),
+    "edm2": (
+        nw.EDM2UNet(
+            widths=(8, 16), blocks=1, attention=(1,), head_size=4, num_classes=3, vector_size=2, image_channels=1
+        ),
+        (4, 6, 2),
+    ),
+    "edm2_mlp": (nw.EDM2MLP(width=8, depth=2, num_classes=3, vector_size=2), (5,)),
 }
+FULL = ("mlp", "unet", "dit")  # tested in more detail, as they take all kinds
 
 
 def case_of(name, **changes):
     net, shape = NETS[name]
     net = net.clone(**changes)
-    x, t, cond = inputs(shape)
+    x, t, cond = inputs(net, shape)
     return Case(net, nw.random_parameters(net, x, t, cond), x, t, cond)
 
 

@@ -12,7 +12,7 @@ from diffjax.networks.freeu import ScaleHalf, ScaleLow, freeu
 @pytest.fixture(scope="module")
 def case():
     net = nw.UNet(widths=(4, 8), attention=(), code=8)
-    x, t, _ = inputs((4, 4, 2))
+    x, t, _ = inputs(net, (4, 4, 2))
     return net, nw.random_parameters(net, x, t), x, t
 
 
