@@ -14,12 +14,12 @@ import numpy as np
 
 from diffjax import data as data_
 from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
-from diffjax.cli.config import Model, Objective, Path, Sampler, Train, Training
+from diffjax.cli import model as models
+from diffjax.cli.config import Objective, Path, Sampler, Train, Training
 from diffjax.training import Layout, TrainStep, devices, dynamics, ema, make_train_step, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
 AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
-FREQUENCIES = (0.5, 32.0)  # radians per unit of log(sigma) / 4, which runs over about [-1.5, 1.5]
 
 
 def entry(catalogue: Mapping[str, Any], name: str, kind: str) -> Any:
@@ -46,30 +46,6 @@ def process(config: Path) -> Process:
 def vector_size(training: Training) -> int:
     """Numbers of the condition that tells the network of its augmentation."""
     return AFFINE if training.augment == "affine" else 0
-
-
-def network(config: Model, shape: tuple[int, ...], num_classes: int | None, vector: int = 0) -> Any:
-    """The network of a run, for items of a shape.
-
-    Raises: ValueError: a network for pictures and items that are none, or the other way round.
-    """
-    pictures = len(shape) == 3
-    if pictures == (config.network == "mlp"):
-        fitting = "unet or dit" if pictures else "mlp"
-        raise ValueError(
-            f"network {config.network!r} does not fit items of shape {shape}; use --model.network {fitting}"
-        )
-    common = {"num_classes": num_classes or 0, "vector_size": vector, "dropout": config.dropout, "remat": config.remat}
-    common |= {"dtype": jnp.dtype(config.dtype), "frequencies": FREQUENCIES}
-    if config.network == "unet":
-        widths = tuple(config.width * m for m in config.multipliers)
-        return networks.UNet(widths=widths, blocks=config.blocks, attention=config.attention, **common)
-    if config.network == "dit":
-        return networks.DiT(
-            width=config.width, depth=config.depth, heads=config.heads, patch=config.patch,
-            scan_layers=config.scan_layers, **common,
-        )  # fmt: skip
-    return networks.MLP(width=config.width, depth=config.depth, scan_layers=config.scan_layers, **common)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +108,7 @@ class ModelOf:
 def model(config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool) -> Any:
     """How parameters become the denoiser of a run; while training, of `trained` parameters and its batches' conditions."""
     vector = vector_size(config.training)
-    module = network(config.model, shape, num_classes, vector)
+    module = models.network(config.model, shape, num_classes, vector)
     made = ModelOf(
         module, config.process, config.objective.prediction, num_classes, vector,
         dropout=training and config.model.dropout > 0, fields=training and vector > 0,
@@ -268,11 +244,12 @@ def guided(denoiser: Denoiser, weight: float, interval: tuple[float, float] | No
 
 
 def shape_of(dataset: Any) -> tuple[int, ...]:
-    """The shape of an item; networks need vectors or pictures.   Raises: ValueError: anything else."""
+    """The shape of an item, of one to four axes.   Raises: ValueError: anything else."""
     shape = tuple(dataset.shape)
-    if len(shape) not in (1, 3):
+    if not 1 <= len(shape) <= 4:
         raise ValueError(
-            f"items of data set {dataset.name!r} have shape {shape}; vectors [d] or pictures [H, W, C] are needed"
+            f"items of data set {dataset.name!r} have shape {shape}; vectors [d], sequences [L, C], pictures [H, W, C] "
+            "or volumes [D, H, W, C] are needed"
         )
     return shape
 

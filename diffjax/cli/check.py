@@ -8,6 +8,8 @@ from typing import Any
 
 import jax
 
+from diffjax import networks
+from diffjax.cli import model as models
 from diffjax.cli.config import Train
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -136,14 +138,17 @@ def layout(settings: Train, devices: int) -> int:
         raise ValueError(
             "--training.parallel pmap keeps the whole state on every device; use mesh or shard_map with a layout"
         )
-    if t.layout.sequence > 1 and net.network != "dit":
+    made = models.fields(net)
+    if t.layout.sequence > 1 and "sequence-parallel" not in models.flags(models.named(net.network)[0]):
+        fitting = [name for name, card in networks.CATALOGUE.items() if "sequence-parallel" in card.flags]
         raise ValueError(
-            f"--training.layout.sequence {t.layout.sequence} needs --model.network dit, which has a sequence; "
-            f"got {net.network}"
+            f"--training.layout.sequence {t.layout.sequence} needs --network {' or '.join(fitting)}, whose tokens can be "
+            f"cut; got {net.network}"
         )
-    if net.network == "dit" and net.heads % t.layout.model:
+    if made.get("heads", t.layout.model) % t.layout.model:
         raise ValueError(
-            f"--training.layout.model {t.layout.model} must divide --model.heads {net.heads}, because a head is not cut"
+            f"--training.layout.model {t.layout.model} must divide the {made['heads']} heads of {net.network}, because a "
+            "head is not cut"
         )
     return devices // inside
 

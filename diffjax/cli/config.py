@@ -17,22 +17,24 @@ FORMAT = 1
 class Model:
     """The network."""
 
-    network: Literal["unet", "dit", "mlp"] = "unet"
-    """unet and dit are for pictures, mlp for vectors"""
-    width: int = 32
-    """channels of the first level (unet), of the tokens (dit) or of the layers (mlp)"""
-    multipliers: tuple[int, ...] = (1, 2)
-    """width of every level of the unet, in units of width"""
-    blocks: int = 1
-    """residual blocks a level (unet)"""
-    attention: tuple[int, ...] = (1,)
-    """levels with self-attention (unet)"""
-    depth: int = 4
-    """blocks (dit, mlp)"""
-    heads: int = 4
-    """attention heads (dit)"""
-    patch: int = 2
-    """side of a patch in pixels (dit)"""
+    network: Annotated[str, tyro.conf.arg(aliases=["--network"])] = "unet"
+    """see `diffjax list networks`: unet, dit, ... or a published size such as dit-s/2"""
+    options: Annotated[tuple[str, ...], tyro.conf.arg(metavar="FIELD=VALUE ...")] = ()
+    """fields of the network, such as depth=6 qk_norm=True"""
+    width: int | None = None
+    """channels of the first level (unet; default 32), of the tokens (dit) or of the layers (mlp)"""
+    multipliers: tuple[int, ...] | None = None
+    """width of every level of the unet, in units of width (default 1 2)"""
+    blocks: int | None = None
+    """residual blocks a level (unet; default 1)"""
+    attention: tuple[int, ...] | None = None
+    """levels with self-attention (unet; default 1)"""
+    depth: int | None = None
+    """blocks (dit, mlp; default 4)"""
+    heads: int | None = None
+    """attention heads (dit; default 4)"""
+    patch: int | None = None
+    """side of a patch in pixels (dit; default 2)"""
     dropout: float = 0.0
     """share of the activations dropped while training"""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -282,9 +284,9 @@ def preset(data: str) -> Train:
 
 
 def settle(given: Train, default: Train) -> Train:
-    """The options read from the command line, without the preset's numbers for another process or law.
+    """The options read from the command line, without the preset's numbers for another network, process or law.
 
-    `--process.name vp` must not inherit the sigmas of edm that the preset holds.
+    `--process.name vp` must not inherit the sigmas of edm that the preset holds, nor `--network dit` the U-Net's width.
     """
 
     def fresh(chosen: Any, preset: Any, name: str, fields: tuple[str, ...]) -> Any:
@@ -293,8 +295,10 @@ def settle(given: Train, default: Train) -> Train:
         return dataclasses.replace(chosen, **{f: None for f in fields if getattr(chosen, f) == getattr(preset, f)})
 
     numbers = ("sigma_min", "sigma_max", "beta_min", "beta_max")
+    sizes = ("width", "multipliers", "blocks", "attention", "depth", "heads", "patch")
     return dataclasses.replace(
         given,
+        model=fresh(given.model, default.model, "network", sizes),
         process=fresh(given.process, default.process, "name", numbers),
         objective=fresh(given.objective, default.objective, "law", ("law_mean", "law_std")),
     )
@@ -337,7 +341,7 @@ def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
         value = OLDER.get((where + name, value), value) if isinstance(value, bool) else value
         if dataclasses.is_dataclass(kind) and isinstance(value, dict):
             value = _build(kind, value, f"{where}{name}.")
-        elif not _fits(value, kind):
+        elif not fits(value, kind):
             raise ValueError(
                 f"{where}{name} must be {getattr(kind, '__name__', kind)}; the configuration has {value!r}"
             )
@@ -345,19 +349,20 @@ def _build(cls: type, fields: dict[str, Any], where: str) -> Any:
     return cls(**made)
 
 
-def _fits(value: Any, kind: Any) -> bool:
+def fits(value: Any, kind: Any) -> bool:
+    """Whether a value read from text is of an annotated type."""
     origin = typing.get_origin(kind)
     if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, k) for k in typing.get_args(kind))
+        return any(fits(value, k) for k in typing.get_args(kind))
     if origin is Literal:
         return value in typing.get_args(kind)
     if origin is tuple:
-        return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
+        return isinstance(value, tuple) and all(fits(v, typing.get_args(kind)[0]) for v in value)
     if kind is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     if kind is int:
         return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, kind)
+    return isinstance(kind, type) and isinstance(value, kind)
 
 
 def differences(old: Train, new: Train) -> dict[str, tuple[Any, Any]]:

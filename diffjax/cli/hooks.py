@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from diffjax import networks, numerics, prediction
 from diffjax.cli import build, config, console
+from diffjax.cli import model as models
 from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
 from diffjax.training import Hook, hosts, snapshots
 
@@ -62,7 +63,7 @@ def activations(settings: config.Train, dataset: Any) -> Any:
     """Measures the activations at every tap of the network, on the same noised items every time."""
     shape, classes = build.shape_of(dataset), dataset.num_classes
     vector = build.vector_size(settings.training)
-    net = networks.from_linen(build.network(settings.model, shape, classes, vector))
+    net = networks.from_linen(models.network(settings.model, shape, classes, vector))
     items = dataset.read("train", min(WATCHED, len(dataset.split("train"))))
     path, times = build.process(settings.process), build.loss(settings.objective, classes).times
     x0 = jnp.asarray(items["x"])

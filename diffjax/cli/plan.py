@@ -14,6 +14,7 @@ from rich.table import Table
 
 from diffjax import training
 from diffjax.cli import build, check, config, console, evaluate
+from diffjax.cli import model as models
 from diffjax.cli import run as runs
 from diffjax.training import flops
 from diffjax.training import plan as plans
@@ -57,7 +58,7 @@ def settings_of(what: str) -> config.Train:
 def item(args: Plan, settings: config.Train) -> tuple[tuple[int, ...], int | None]:
     """The shape of an item and the number of labels: as given, of the run folder, or of the data set."""
     if args.shape is not None:
-        check.number("shape", args.shape, (lambda s: len(s) in (1, 3) and min(s) >= 1, "one or three numbers"))
+        check.number("shape", args.shape, (lambda s: 1 <= len(s) <= 4 and min(s) >= 1, "one to four numbers"))
         check.number("classes", args.classes, check.COUNT)
         return args.shape, args.classes
     if args.classes is not None:
@@ -95,7 +96,7 @@ def of(
     """The plan of a run's step for items of a shape.   Raises: ValueError: sizes that do not fit each other."""
     check.numbers(settings, devices)
     t = settings.training
-    net = build.network(settings.model, shape, classes, build.vector_size(t))
+    net = models.network(settings.model, shape, classes, build.vector_size(t))
     layout = build.layout(t, net, devices) or Layout(data=devices)
     params = training.layouts.check(layout, runs.initialiser(settings, shape, classes), jax.random.key(0))
     parallel = "mesh" if t.parallel == "mesh" else "shard_map"  # which with copies alone sends what pmap does

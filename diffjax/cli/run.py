@@ -28,6 +28,7 @@ import numpy as np
 
 from diffjax import networks, training
 from diffjax.cli import build, config
+from diffjax.cli import model as models
 from diffjax.data import DataTransform
 from diffjax.training import CheckpointStore, ema, partial
 from diffjax.training.weights import SUFFIX
@@ -168,9 +169,7 @@ def read(folder: pathlib.Path) -> tuple[config.Train, dict[str, Any]]:
     if version > FORMAT:
         raise ValueError(f"{folder} has run format {version}; this diffjax reads up to {FORMAT}. Upgrade diffjax")
     settings = read_config(folder)
-    if version < 2 and (
-        settings.model.network == "dit" or settings.model.network == "unet" and settings.model.attention
-    ):
+    if version < 2 and (settings.model.network == "dit" or models.fields(settings.model).get("attention")):
         raise ValueError(
             f"{folder} was made when the columns of attention's q, k and v had another order, which this diffjax does not "
             f"read; train it again: diffjax train --config {folder}"
@@ -195,7 +194,7 @@ def check_steps(folder: pathlib.Path) -> list[int]:
 def initialiser(settings: config.Train, shape: tuple[int, ...], num_classes: int | None) -> Callable[[Any], Any]:
     """`key -> parameters` of all that a run trains, pure: `jax.eval_shape` of it gives their shapes without the numbers."""
     vector = build.vector_size(settings.training)
-    fn = networks.from_linen(build.network(settings.model, shape, num_classes, vector))
+    fn = networks.from_linen(models.network(settings.model, shape, num_classes, vector))
     inputs = build.zeros(shape, num_classes, vector)
     return lambda key: build.trained(settings.objective, fn.init(key, *inputs))
 

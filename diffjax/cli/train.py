@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from diffjax import data as data_
 from diffjax import networks, training
 from diffjax.cli import build, check, config, console, evaluate, hooks, launch, plan, plot
+from diffjax.cli import model as models
 from diffjax.cli import run as runs
 from diffjax.cli.hooks import kept
 from diffjax.training import CheckpointStore, devices, flops, hosts
@@ -76,14 +77,10 @@ def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> Non
         )
 
 
-def work(settings: config.Train, train_step: Any, params: Any, shape: tuple[int, ...], classes: int | None) -> dict:
-    """Operations of a step and of the devices in a second, as `fit` takes them; nothing where the devices are unknown."""
+def peak_of(settings: config.Train) -> float | None:
+    """Operations of the devices in a second, as given or where they are known."""
     peaks = [flops.peak(d) for d in jax.devices()]
-    peak = settings.peak_flops or (None if None in peaks else sum(peaks))
-    if peak is None:
-        return {}
-    batch = plan.batch_of(settings.training, shape, classes)
-    return {"flops": flops.model_flops(train_step, params, batch).total, "peak_flops": peak}
+    return settings.peak_flops or (None if None in peaks else sum(peaks))
 
 
 def less_memory(settings: config.Train, shape: tuple[int, ...], classes: int | None) -> str:
@@ -136,7 +133,7 @@ def main(args: config.Train) -> int:
     check.guidance("sampler.guidance", settings.sampler.guidance, classes, settings.objective.label_drop)
     train_step = build.train_step(settings, shape, classes)
     init = runs.initialiser(settings, shape, classes)
-    module = build.network(settings.model, shape, classes, build.vector_size(t))
+    module = models.network(settings.model, shape, classes, build.vector_size(t))
     layout = build.layout(t, module, jax.device_count())
     shapes = training.layouts.check(layout, init, jax.random.key(settings.seed))
     devices.driver(build.parallel(t), train_step, layout=layout)  # refuses what these devices or processes cannot do
@@ -154,6 +151,11 @@ def main(args: config.Train) -> int:
     console.note(
         f"{folder}: {settings.model.network} with {count:,} parameters, {t.steps} steps of {t.batch_size} on "
         f"{jax.device_count()} {jax.default_backend()} device(s){processes}"
+    )
+    planned = plan.of(settings, shape, classes, jax.device_count(), None)
+    console.note(
+        f"planned: {plans.work(planned.flops / t.batch_size)} an example, {plans.amount(planned.total)} on a device, of "
+        f"which {plans.amount(planned.memory['activations'])} are activations"
     )
     train_items = len(dataset.split("train"))
     console.note(f"{dataset.name}: {train_items} training items of shape {shape}; licence: {dataset.licence}")
@@ -180,7 +182,7 @@ def main(args: config.Train) -> int:
                 hooks=hooks.of(settings, folder, dataset, denoiser, solver, failures), log_every=t.log_every,
                 metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad, max_rewinds=t.max_rewinds,
                 grace=settings.grace, watchdog=watchdog(settings, folder),
-                **work(settings, train_step, shapes, shape, classes),
+                flops=planned.flops, peak_flops=peak_of(settings),
                 profile=profile(settings, folder),
             )  # fmt: skip
         except training.OutOfMemory as error:

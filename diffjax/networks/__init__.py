@@ -91,9 +91,11 @@ __all__ = [
 ]
 
 CATALOGUE: dict[str, Card] = {
-    "mlp": Card(MLP, summary="residual MLP for vectors, adaptive normalisation", flags=("vector",)),
+    "mlp": Card(MLP, summary="residual MLP for vectors, adaptive normalisation", flags=("vector", "sequence")),
     "unet": Card(UNet, paper="arXiv:2006.11239#appB", summary="U-Net with FiLM and attention", flags=("image",)),
-    "dit": Card(DiT, paper="arXiv:2212.09748#3.2", summary="transformer with adaLN-zero", flags=("image",)),
+    "dit": Card(
+        DiT, paper="arXiv:2212.09748#3.2", summary="transformer with adaLN-zero", flags=("image", "sequence-parallel")
+    ),
     "edm2": Card(EDM2UNet, paper="arXiv:2312.02696#fig21", summary="magnitude-preserving U-Net", flags=("image",)),
     "edm2_mlp": Card(EDM2MLP, paper="arXiv:2312.02696", summary="magnitude-preserving MLP", flags=("vector",)),
 }

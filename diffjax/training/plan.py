@@ -156,9 +156,12 @@ def work(operations: int | float) -> str:
 
     Example:
         >>> work(3.2e15), work(5e7)
-        ('3,200.00 TFLOP', '0.05 GFLOP')
+        ('3,200.00 TFLOP', '50.00 MFLOP')
     """
-    return f"{operations / 1e12:,.2f} TFLOP" if operations >= 1e11 else f"{operations / 1e9:,.2f} GFLOP"
+    size, unit = next(
+        (n, u) for n, u in ((1e12, "TFLOP"), (1e9, "GFLOP"), (1e6, "MFLOP")) if operations >= 0.1 * n or n == 1e6
+    )
+    return f"{operations / size:,.2f} {unit}"
 
 
 # ------------------------------------------------------------------------------------------------------------ layout

@@ -32,5 +32,5 @@ def test_dit_xl_2_to_the_last_parameter():
 
 
 def test_an_unknown_name_is_refused():
-    with pytest.raises(ValueError, match="unknown network 'dit-xl'.*Did you mean dit-xl"):
-        nw.preset("dit-xl")
+    with pytest.raises(ValueError, match="unknown network 'dit-xll'.*Did you mean dit-xl"):
+        nw.preset("dit-xll")
