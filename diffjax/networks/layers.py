@@ -9,12 +9,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from diffjax.networks.taps import LayerIndex
 
 Initializer = Callable[..., Any]
-ConvForm = Callable[[Any, Any], Any]  # (x [B, H, W, c], kernel [kh, kw, c, d]) -> [B, H, W, d]
+ConvForm = Callable[..., Any]  # (x [B, *n, c], kernel [*k, c, d], stride, before) -> [B, *ceil(n / stride), d]
 
 
 def fan_in_uniform(fan_in: int | None = None, gain: float = 1.0) -> Initializer:
@@ -53,27 +54,71 @@ def Dense(  # noqa: N802
 # ------------------------------------------------------------------------------------------------------- convolution
 
 
-def native(x: Any, kernel: Any) -> jax.Array:
-    """The convolution of XLA, stride one, zero padded to the same size.   [B, H, W, c] -> [B, H, W, d]"""
-    return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+def per_axis(value: int | tuple[int, ...], x: Any, name: str) -> tuple[int, ...]:
+    """One number for each spatial axis of x, [B, *n, c].
+
+    Raises: ValueError: there are more or fewer.
+
+    Example:
+        >>> per_axis(3, jnp.zeros((1, 8, 8, 4)), "kernel")
+        (3, 3)
+    """
+    values = (value,) * (x.ndim - 2) if isinstance(value, int) else tuple(value)
+    if len(values) != x.ndim - 2:
+        raise ValueError(
+            f"{name}={value} must have one number for each axis of x between batch and channels: {x.shape}"
+        )
+    return values
 
 
-def slices(x: Any, kernel: Any) -> jax.Array:
-    """The same convolution as pad, shifted slices and matrix products.   [B, H, W, c] -> [B, H, W, d]
+def native(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
+    """The convolution of XLA, zero padded to the same size, or to a `stride`-th.   [B, *n, c] -> [B, *ceil(n / stride), d]
 
-    The slices along the width are joined into channels, those along the height are summed.
+    Args: x: [B, *n, c], one to three axes n.   kernel: [*k, c, d].   stride: of all axes, or of each.   before: zeros put
+    before each axis, default (k - 1) // 2 of each.
+    """
+    strides = per_axis(stride, x, "stride")
+    axes = "DHW"[3 - len(strides) :]
+    names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
+    return lax.conv_general_dilated(x, kernel, strides, _pads(x, kernel, strides, before), dimension_numbers=names)
+
+
+def slices(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
+    """The same convolution as pad, shifted slices and matrix products.   [B, *n, c] -> [B, *ceil(n / stride), d]
+
+    The slices along the last axis are joined into channels, those along the others are summed.
 
     Example:
         >>> slices(jnp.ones((1, 2, 2, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
         [[4.0, 4.0], [4.0, 4.0]]
     """
-    kh, kw, c, d = kernel.shape
-    h, w = x.shape[1:3]
-    pad = lambda k: ((k - 1) // 2, k // 2)
-    x = jnp.pad(x, ((0, 0), pad(kh), pad(kw), (0, 0)))
-    x = jnp.concatenate([x[:, :, j : j + w] for j in range(kw)], axis=-1)
-    kernel = kernel.reshape(kh, kw * c, d)
-    return sum(x[:, i : i + h] @ kernel[i] for i in range(kh))
+    *others, kw, c, d = kernel.shape
+    strides = per_axis(stride, x, "stride")
+    out = [-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True)]
+    x = jnp.pad(x, ((0, 0), *_pads(x, kernel, strides, before), (0, 0)))
+
+    def shifted(x: Any, axis: int, i: int) -> Any:
+        n, s = out[axis], strides[axis]
+        return lax.slice_in_dim(x, i, i + (n - 1) * s + 1, s, axis + 1)
+
+    x = jnp.concatenate([shifted(x, len(others), j) for j in range(kw)], axis=-1)
+    kernel = kernel.reshape(*others, kw * c, d)
+
+    def window(x: Any, at: tuple[int, ...]) -> Any:
+        for axis, i in enumerate(at):
+            x = shifted(x, axis, i)
+        return x
+
+    return sum(window(x, at) @ kernel[at] for at in np.ndindex(*others))
+
+
+def _pads(x: Any, kernel: Any, strides: tuple[int, ...], before: int | None) -> list[tuple[int, int]]:
+    """Zeros before and after each axis, so that windows of the kernel's length k fit ceil(n / s) times."""
+    pads = []
+    for n, k, s in zip(x.shape[1:-1], kernel.shape[:-2], strides, strict=True):
+        low = (k - 1) // 2 if before is None else before
+        pads.append((low, max((-(-n // s) - 1) * s + k - n - low, 0)))
+    return pads
 
 
 def choose_form(backend: str) -> ConvForm:
@@ -93,10 +138,12 @@ def choose_form(backend: str) -> ConvForm:
 
 
 class Conv(nn.Module):
-    """Convolution with stride one and zero padding, in either of two equal forms of equal parameters.   y = x * W + b
+    """Convolution with zero padding over any number of axes, in either of two equal forms of equal parameters.   y = x * W + b
 
-    Args: x: [B, H, W, c].   form: `native`, `slices`, or None: `choose_form` for the default backend.
-    Returns: [B, H, W, features].
+    Args: x: [B, *n, c].   kernel: its lengths, or one for all axes.   form: `native`, `slices`, or None: `choose_form` for
+    the default backend.   stride, before: see `native`.
+    Returns: [B, *ceil(n / stride), features].
+    Raises: ValueError: `kernel` or `stride` has another number of axes than x.
 
     Example:
         >>> v = jax.eval_shape(Conv(4).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
@@ -105,21 +152,24 @@ class Conv(nn.Module):
     """
 
     features: int
-    kernel: tuple[int, int] = (3, 3)
+    kernel: int | tuple[int, ...] = 3
     form: ConvForm | None = None
     zero: bool = False
     dtype: Any = jnp.float32
+    stride: int | tuple[int, ...] = 1
+    before: int | None = None
 
     @nn.compact
     def __call__(self, x: Any) -> jax.Array:
         """Convolve x."""
         c = x.shape[-1]
         init = nn.initializers.zeros if self.zero else fan_in_uniform()
-        kernel = self.param("kernel", init, (*self.kernel, c, self.features), jnp.float32)
+        kernel = self.param("kernel", init, (*per_axis(self.kernel, x, "kernel"), c, self.features), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         form = self.form or choose_form(jax.default_backend())
-        y = form(x.astype(self.dtype), kernel.astype(self.dtype))
-        return y + bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        strided = () if self.stride == 1 else (self.stride, self.before)
+        y = form(x.astype(self.dtype), kernel.astype(self.dtype), *strided)
+        return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 # ------------------------------------------------------------------------------------------- norms, FiLM, resampling

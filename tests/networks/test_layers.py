@@ -22,6 +22,25 @@ def test_convolution_forms_agree_with_their_gradients(kernel):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), run(nw.native), run(nw.slices))
 
 
+@pytest.mark.parametrize("before", [None, 0])
+@pytest.mark.parametrize("n, k, s", [((7,), (3,), 2), ((4, 6), (3, 3), 2), ((2, 4, 3), (1, 3, 2), (1, 2, 1))])
+def test_convolutions_of_any_rank_and_stride_equal_a_loop(n, k, s, before):
+    x, kernel = normal(2, *n, 3), normal(*k, 3, 4, seed=1)
+    strides = layers.per_axis(s, x, "stride")
+    lows = [(m - 1) // 2 if before is None else before for m in k]
+    big = np.pad(x, [(0, 0), *((low, m) for low, m in zip(lows, k, strict=True)), (0, 0)])
+    out = [-(-m // q) for m, q in zip(n, strides, strict=True)]
+    want = np.zeros((2, *out, 4), np.float32)
+    for at in np.ndindex(*out):
+        for by in np.ndindex(*k):
+            place = tuple(i * q + j for i, q, j in zip(at, strides, by, strict=True))
+            want[(slice(None), *at)] += big[(slice(None), *place)] @ kernel[by]
+    for form in (nw.native, nw.slices):
+        np.testing.assert_allclose(form(x, kernel, s, before), want, atol=1e-5)
+    with pytest.raises(ValueError, match="stride=.* one number for each axis"):
+        nw.slices(x, kernel, (1, 1, 1, 1))
+
+
 def test_convolution_equals_a_loop():
     x, k = normal(1, 4, 4, 2), normal(3, 3, 2, 3, seed=1)
     p = np.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
