@@ -69,7 +69,7 @@ class Attention(nn.Module):
     Taps: `q`, `k`, `v` [B, T, H, D]; `logits` [B, H, T, S] before the mask, `weights` after the softmax, both float32;
     a written `weights` is used as it is.
     Args: x: [B, T, d].   tokens: [B, S, e] to attend to, default x itself.   mask: [B, S] bool, False is not attended
-    to. Where all is masked the result is exactly zero: attention to tokens has no output bias.
+    to. Where all is masked the result is exactly zero: attention to tokens has no output bias, unless `out_bias`.
     Returns: [B, T, d].
     Raises: ValueError: d not divisible by heads.
 
@@ -86,6 +86,8 @@ class Attention(nn.Module):
     qk_norm: bool = False
     zero: bool = False  # start with a zero output
     dtype: Any = jnp.float32
+    qkv_bias: bool = True
+    out_bias: bool | None = None  # default: unless it attends to tokens
 
     @nn.compact
     def __call__(self, x: Any, tokens: Any = None, mask: Any = None) -> jax.Array:
@@ -96,7 +98,7 @@ class Attention(nn.Module):
         size = d // self.heads
 
         def project(x: Any, n: int, name: str) -> list[Any]:
-            y = Dense(n * d, init=per_head(self.heads, n), dtype=self.dtype, name=name)(x)
+            y = Dense(n * d, bias=self.qkv_bias, init=per_head(self.heads, n), dtype=self.dtype, name=name)(x)
             y = y.reshape(*y.shape[:2], self.heads, n * size)
             return jnp.split(constrain(y, "batch", "tokens" if n != 2 else None, "heads", None), n, axis=-1)
 
@@ -114,4 +116,5 @@ class Attention(nn.Module):
         weights = Tap(name="weights")(softmax(logits, mask))
         y = constrain(weighted(weights, v), "batch", "tokens", "heads", None).reshape(x.shape)
         y = constrain(y, "batch", "tokens", "wide")
-        return Dense(d, zero=self.zero, bias=tokens is None, dtype=self.dtype, name="out")(y)
+        bias = tokens is None if self.out_bias is None else self.out_bias
+        return Dense(d, zero=self.zero, bias=bias, dtype=self.dtype, name="out")(y)

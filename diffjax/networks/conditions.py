@@ -4,7 +4,7 @@
 - `label`  [B] integers in [0, num_classes]; `num_classes` is the learned "no label";
 - `vector` [B, k] floats, embedded and added to the time code (zero is "no vector");
 - `tokens` [B, L, d] floats, read by cross-attention, with an optional `mask` [B, L] of booleans (False is padding);
-- `image`  [B, H, W, c] floats, joined to the state along channels.
+- `image`  [B, *n, c] floats with the spatial axes of the state, joined to the state along channels.
 A network is configured for the kinds that it takes (`num_classes`, `vector_size`, `token_size`, `image_channels`, zero
 for none) and is given exactly these.
 """
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax.networks.embeddings import UNIT, Frequencies, LabelEmbedding, TimeCode
+from diffjax.networks.embeddings import UNIT, Features, LabelEmbedding, TimeCode
 from diffjax.networks.layers import Dense
 from diffjax.networks.partition import constrain
 
@@ -47,7 +47,7 @@ def read_condition(
 ) -> Condition:
     """Check `cond` against what a network takes and sort it into its kinds.
 
-    Args: cond: see the module.   x: [B, ...] state; an image must have its height and width.   The others: sizes of the
+    Args: cond: see the module.   x: [B, ...] state; an image must have its spatial axes.   The others: sizes of the
     kinds that the network takes, 0 for none.
     Raises: ValueError: a kind is missing or not taken; wrong type, shape or batch; a label out of range (if it is
     concrete).
@@ -90,7 +90,7 @@ def read_condition(
     if "vector" in cond:
         _check_shape("vector", cond["vector"], (b, vector_size))
     if "image" in cond:
-        _check_shape("image", cond["image"], (*x.shape[:3], image_channels))
+        _check_shape("image", cond["image"], (*x.shape[:-1], image_channels))
     tokens = mask = None
     if "tokens" in cond:
         length = np.shape(cond["tokens"])[1] if np.ndim(cond["tokens"]) == 3 else -1
@@ -114,7 +114,7 @@ def null_condition(
     vector_size: int = 0,
     token_size: int = 0,
     token_length: int = 1,
-    image_shape: tuple[int, int, int] | None = None,
+    image_shape: tuple[int, ...] | None = None,
 ) -> Any:
     """The condition that means "no condition", without batch axis, for the kinds that a network takes.
 
@@ -193,10 +193,11 @@ class Code(nn.Module):
     features: int
     num_classes: int = 0
     vector_size: int = 0
-    frequencies: Frequencies = UNIT
+    frequencies: Features = UNIT
     act: Callable[[Any], Any] = nn.silu
     dtype: Any = jnp.float32
     sinusoids: int | None = None  # sinusoidal features of the time; default as `features`
+    deep_vector: bool = False  # the vector by Dense(act(Dense(v))), as the time, and not by one linear map
 
     @nn.compact
     def __call__(self, t: Any, condition: Condition) -> jax.Array:
@@ -208,7 +209,9 @@ class Code(nn.Module):
             items.append(LabelEmbedding(self.num_classes, self.features, self.dtype, name="label")(condition.label))
         if self.vector_size:
             v = jnp.asarray(condition.vector).astype(self.dtype)
-            items.append(Dense(self.features, bias=False, dtype=self.dtype, name="vector")(v))
+            if self.deep_vector:
+                v = self.act(Dense(self.features, dtype=self.dtype, name="vector_hidden")(v))
+            items.append(Dense(self.features, bias=self.deep_vector, dtype=self.dtype, name="vector")(v))
         for item in items:
             c = c + item.reshape(item.shape[:1] + (1,) * (c.ndim - 2) + item.shape[1:])
         return constrain(self.act(c), "batch", ...)

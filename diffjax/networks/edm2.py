@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.conditions import read_condition, read_state, read_time
-from diffjax.networks.layers import at_least_float32, double, halve, rematerialised, spread
+from diffjax.networks.layers import at_least_float32, rematerialised, spread
 from diffjax.networks.magnitude import (
     CosineAttention,
     Gain,
@@ -23,6 +23,7 @@ from diffjax.networks.magnitude import (
     with_ones,
 )
 from diffjax.networks.partition import COLUMN, ROW, Rules
+from diffjax.networks.resample import double, halve
 from diffjax.networks.taps import Tap
 from diffjax.networks.unet import check_levels
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,9 @@ from diffjax.networks.partition import constrain
 
 Frequencies = tuple[float, float]
 UNIT: Frequencies = (1.0, 256.0)
+Features = (
+    Frequencies | Callable[[Any, int], Any]
+)  # of the time: a range of sinusoids, or (t, size) -> [*t.shape, size]
 
 
 def sinusoids(t: Any, size: int, frequencies: Frequencies = UNIT) -> jax.Array:
@@ -42,6 +46,31 @@ def sinusoids(t: Any, size: int, frequencies: Frequencies = UNIT) -> jax.Array:
     t = jnp.asarray(t, jnp.float32)[..., None]
     phase = t * w.reshape((1,) * (t.ndim - 1) + (-1,))
     return jnp.concatenate([jnp.cos(phase), jnp.sin(phase)], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class fourier:  # noqa: N801  (reads as a function: frequencies=fourier(16.0))
+    """Random Fourier features of a time code, fixed by a seed.   [sin(2 pi w t), cos(2 pi w t)],  w ~ N(0, scale^2)
+
+    Args: scale: of the frequencies.   seed: of the draw.
+    Args of a call: t: any shape.   size: even.   Returns: [*t.shape, size] float32.
+
+    Example:
+        >>> fourier(16.0)(jnp.zeros(3), 4).tolist()[0]
+        [0.0, 0.0, 1.0, 1.0]
+
+    Reference: Tancik et al. 2020, arXiv:2006.10739, Eq. 5; Song et al. 2021, arXiv:2011.13456, appendix H.1.
+    """
+
+    scale: float = 16.0
+    seed: int = 0
+
+    def __call__(self, t: Any, size: int) -> jax.Array:
+        """The features at t."""
+        w = self.scale * np.random.default_rng(self.seed).standard_normal(size // 2)
+        t = jnp.asarray(t, jnp.float32)[..., None]
+        phase = t * (2 * np.pi * w).astype(np.float32).reshape((1,) * (t.ndim - 1) + (-1,))
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
 
 
 def grid_positions(height: int, width: int, size: int, max_period: float = 10000.0) -> np.ndarray:
@@ -77,14 +106,15 @@ class TimeCode(nn.Module):
 
     features: int
     size: int | None = None  # of the sinusoidal features; default as `features`
-    frequencies: Frequencies = UNIT
+    frequencies: Features = UNIT
     act: Callable[[Any], Any] = nn.silu
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, t: Any) -> jax.Array:
         """Embed the time code."""
-        h = sinusoids(t, self.size or self.features, self.frequencies)
+        size = self.size or self.features
+        h = self.frequencies(t, size) if callable(self.frequencies) else sinusoids(t, size, self.frequencies)
         h = Dense(self.features, dtype=self.dtype, name="hidden")(constrain(h, "batch", ...))
         h = constrain(h, "batch", ..., "wide")
         return constrain(Dense(self.features, dtype=self.dtype, name="out")(self.act(h)), "batch", ...)

@@ -25,7 +25,7 @@ def freeu(net: UNet, backbone: Mapping[int, Any], skip: Mapping[int, Any], *, ra
 
     Example:
         >>> sorted(freeu(UNet(widths=(8, 16)), {1: 1.2}, {1: 0.9}))
-        ['bottleneck', 'skip_1', 'skip_2', 'skip_3', 'up_1_0/block', 'up_1_1/block']
+        ['bottleneck', 'skip_1', 'skip_2', 'skip_3', 'up_0', 'up_1_0/block']
 
     Reference: Si et al. 2024, arXiv:2309.11497, Section 3.2; all channels alike within a half, as first published.
     """
@@ -42,6 +42,7 @@ def freeu(net: UNet, backbone: Mapping[int, Any], skip: Mapping[int, Any], *, ra
             if level in skip:
                 writers[f"skip_{index}"] = ScaleLow(skip[level], radius)
             source, level, index = f"up_{i}_{j}/block", i, index - 1
+        source = f"up_{i - 1}"  # enlarged
     return writers
 
 

@@ -1,4 +1,4 @@
-"""Layers shared by all networks: dense, convolution in two equal forms, norms, resampling, residual stacks."""
+"""Layers shared by all networks: dense, convolution in two equal forms, norms, residual stacks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from diffjax.networks.resample import per_axis
 from diffjax.networks.taps import LayerIndex
 
 Initializer = Callable[..., Any]
@@ -52,23 +53,6 @@ def Dense(  # noqa: N802
 
 
 # ------------------------------------------------------------------------------------------------------- convolution
-
-
-def per_axis(value: int | tuple[int, ...], x: Any, name: str) -> tuple[int, ...]:
-    """One number for each spatial axis of x, [B, *n, c].
-
-    Raises: ValueError: there are more or fewer.
-
-    Example:
-        >>> per_axis(3, jnp.zeros((1, 8, 8, 4)), "kernel")
-        (3, 3)
-    """
-    values = (value,) * (x.ndim - 2) if isinstance(value, int) else tuple(value)
-    if len(values) != x.ndim - 2:
-        raise ValueError(
-            f"{name}={value} must have one number for each axis of x between batch and channels: {x.shape}"
-        )
-    return values
 
 
 def native(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
@@ -172,7 +156,7 @@ class Conv(nn.Module):
         return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
-# ------------------------------------------------------------------------------------------- norms, FiLM, resampling
+# ---------------------------------------------------------------------------------------------------- norms and FiLM
 
 
 def at_least_float32(dtype: Any) -> Any:
@@ -181,29 +165,36 @@ def at_least_float32(dtype: Any) -> Any:
 
 
 class GroupNorm(nn.Module):
-    """Group normalisation per item, in groups of at least four channels and at most 32 groups.   scale * norm(x) + bias
+    """Group normalisation per item.   scale * (x - mean) / sqrt(var + eps) + bias
 
-    The statistics are taken in float32 over all axes but the batch. Written out because Flax's own refuses bfloat16 under
-    strict dtype promotion.
+    The groups are `groups`, or as many as give at least four channels each, and at most 32. The statistics are taken in
+    float32 over all axes but the batch. Written out because Flax's own refuses bfloat16 under strict dtype promotion.
 
     Example:
         >>> v = jax.eval_shape(GroupNorm().init, jax.random.key(0), jnp.zeros((1, 2, 2, 8)))
         >>> v["params"]["scale"].shape
         (8,)
 
+    Raises: ValueError: groups that do not divide the channels.
+
     Reference: Wu & He 2018, arXiv:1803.08494, Eq. 1.
     """
+
+    groups: int | None = None
+    eps: float = 1e-6
 
     @nn.compact
     def __call__(self, x: Any) -> jax.Array:
         """Normalise x; the dtype stays."""
         c = x.shape[-1]
-        groups = max(g for g in range(1, 33) if c % g == 0 and (g == 1 or c // g >= 4))
+        groups = self.groups or max(g for g in range(1, 33) if c % g == 0 and (g == 1 or c // g >= 4))
+        if c % groups:
+            raise ValueError(f"group normalisation needs channels divisible by groups={groups}; got {c} channels")
         scale = self.param("scale", nn.initializers.ones, (c,), jnp.float32)
         bias = self.param("bias", nn.initializers.zeros, (c,), jnp.float32)
         h = x.astype(at_least_float32(x.dtype)).reshape(x.shape[0], -1, groups, c // groups)
         h = h - h.mean((1, 3), keepdims=True)
-        h = h * lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + 1e-6)
+        h = h * lax.rsqrt(jnp.square(h).mean((1, 3), keepdims=True) + self.eps)
         unit = (1,) * (x.ndim - 1) + (-1,)
         return (h.reshape(x.shape) * scale.astype(h.dtype).reshape(unit) + bias.astype(h.dtype).reshape(unit)).astype(
             x.dtype
@@ -229,8 +220,8 @@ class RMSNorm(nn.Module):
         return (h * scale.astype(h.dtype).reshape((1,) * (x.ndim - 1) + (-1,))).astype(x.dtype)
 
 
-def plain_norm(x: Any) -> jax.Array:
-    """Layer normalisation without parameters, computed in float32.   (x - mean) / sqrt(var + 1e-6)
+def plain_norm(x: Any, eps: float = 1e-6) -> jax.Array:
+    """Layer normalisation without parameters, computed in float32.   (x - mean) / sqrt(var + eps)
 
     Example:
         >>> plain_norm(jnp.asarray([1.0, 3.0])).round(3).tolist()
@@ -238,7 +229,25 @@ def plain_norm(x: Any) -> jax.Array:
     """
     h = x.astype(at_least_float32(x.dtype))
     h = h - h.mean(-1, keepdims=True)
-    return (h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-6)).astype(x.dtype)
+    return (h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation over the last axis.   scale * (x - mean) / sqrt(var + eps) + bias
+
+    Reference: Ba et al. 2016, arXiv:1607.06450, Eq. 4.
+    """
+
+    eps: float = 1e-5
+
+    @nn.compact
+    def __call__(self, x: Any) -> jax.Array:
+        """Normalise x; the dtype stays."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
+        h = plain_norm(x.astype(at_least_float32(x.dtype)), self.eps)
+        unit = (1,) * (x.ndim - 1) + (-1,)
+        return (h * scale.astype(h.dtype).reshape(unit) + bias.astype(h.dtype).reshape(unit)).astype(x.dtype)
 
 
 def modulate(x: Any, shift: Any, scale: Any) -> jax.Array:
@@ -253,18 +262,6 @@ def modulate(x: Any, shift: Any, scale: Any) -> jax.Array:
 def spread(c: Any, x: Any) -> jax.Array:
     """`c` of shape [B, ..., d] with unit axes put before the last, up to the rank of `x`."""
     return c.reshape(c.shape[:-1] + (1,) * (x.ndim - c.ndim) + c.shape[-1:])
-
-
-def halve(x: Any) -> jax.Array:
-    """The mean of each 2 x 2 square.   [B, H, W, c] -> [B, H/2, W/2, c]"""
-    b, h, w, c = x.shape
-    return x.reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
-
-
-def double(x: Any) -> jax.Array:
-    """Each pixel as a 2 x 2 square.   [B, H, W, c] -> [B, 2H, 2W, c]"""
-    b, h, w, c = x.shape
-    return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
 # ---------------------------------------------------------------------------------------------------- equal blocks

@@ -26,6 +26,7 @@ ATTENTION: Rules = (
 CODE: Rules = ((r"code/time/hidden/(kernel|bias)$", COLUMN), (r"code/time/out/kernel$", ROW))
 FILM: Rules = ((r"film/(kernel|bias)$", COLUMN),)  # the modulation itself is small, and gathered
 BLOCK: Rules = ((r"block(s|_\d+)/hidden/(kernel|bias)$", COLUMN), (r"block(s|_\d+)/out/kernel$", ROW))
+GATE: Rules = ((r"block(s|_\d+)/gate/(kernel|bias)$", COLUMN),)  # multiplied with what `hidden` of BLOCK gives
 RESIDUAL: Rules = (
     (r"conv_in/(kernel|bias)$", COLUMN),
     (r"_\d+/norm_out/(scale|bias)$", COLUMN),

@@ -7,10 +7,10 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks import dit, edm2
+from diffjax.networks import dit, edm2, unet_presets
 
 # name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
-PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {**dit.PRESETS, **edm2.PRESETS}
+PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {**dit.PRESETS, **edm2.PRESETS, **unet_presets.PRESETS}
 
 
 def preset(name: str, **fields: Any) -> nn.Module:

@@ -1,4 +1,4 @@
-"""A U-Net for images."""
+"""A U-Net over one, two or three axes, made of parts."""
 
 from __future__ import annotations
 
@@ -9,90 +9,47 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
-from diffjax.networks.embeddings import UNIT, Frequencies
-from diffjax.networks.layers import (
-    Conv,
-    ConvForm,
-    Dense,
-    GroupNorm,
-    at_least_float32,
-    double,
-    halve,
-    modulate,
-    rematerialised,
-    spread,
-)
-from diffjax.networks.partition import ATTENTION, CODE, FILM, RESIDUAL, Rules, constrain
+from diffjax.networks.embeddings import UNIT, Features
+from diffjax.networks.layers import Conv, ConvForm, GroupNorm, at_least_float32, rematerialised
+from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, GATE, RESIDUAL, Rules
+from diffjax.networks.resample import Factor, per_axis
 from diffjax.networks.taps import Tap
+from diffjax.networks.unet_parts import ResBlock, Site, attend, part, pooled, repeated
 
 
-def check_levels(net: Any, x: Any) -> None:
+def check_levels(net: Any, x: Any, factor: Factor = 2) -> None:
     """Refuse a U-Net's `widths`, `blocks` and `attention` that do not fit each other, or a state of another size.
 
-    Raises: ValueError: no widths or blocks, a level of attention that does not exist, a height or width not divisible.
+    Raises: ValueError: no widths or blocks, a level of attention that does not exist, an axis not divisible.
     """
     name, levels = type(net).__name__, len(net.widths)
     if levels == 0 or net.blocks < 1:
         raise ValueError(f"{name} needs at least one width and blocks >= 1; got {net.widths} and blocks={net.blocks}")
     if any(not 0 <= i < levels for i in net.attention):
         raise ValueError(f"attention must name levels 0 to {levels - 1} of widths={net.widths}; got {net.attention}")
-    factor = 2 ** (levels - 1)
-    if x.shape[1] % factor or x.shape[2] % factor:
+    factors = [f ** (levels - 1) for f in per_axis(factor, x, "factor")]
+    if any(n % f for n, f in zip(x.shape[1:-1], factors, strict=True)):
         raise ValueError(
-            f"{name} with {levels} levels needs height and width divisible by {factor}; got a state of shape "
+            f"{name} with {levels} levels needs axes divisible by {' x '.join(map(str, factors))}; got a state of shape "
             f"{x.shape}. Pad it, or use fewer widths"
         )
 
 
-class ResBlock(nn.Module):
-    """Two convolutions with FiLM between them, then attention if asked.   skip(x) + Conv(act(FiLM(norm(h))))"""
-
-    features: int
-    heads: int  # 0: no attention
-    act: Callable[[Any], Any]
-    form: ConvForm | None
-    dropout: float
-    train: bool
-    dtype: Any
-
-    @nn.compact
-    def __call__(self, x: Any, c: Any, tokens: Any, mask: Any) -> Any:
-        """One block at code c, with the tokens and mask of the condition."""
-        n = self.features
-        h = self.act(GroupNorm(name="norm_in")(x))
-        h = constrain(Conv(n, form=self.form, dtype=self.dtype, name="conv_in")(h), "batch", ..., "wide")
-        film = constrain(Dense(2 * n, dtype=self.dtype, name="film")(c), "batch", ...)
-        shift, scale = jnp.split(film, 2, axis=-1)
-        h = modulate(GroupNorm(name="norm_out")(h), spread(shift, h), spread(scale, h))
-        h = nn.Dropout(self.dropout, deterministic=not self.train)(self.act(h))
-        h = Conv(n, form=self.form, zero=True, dtype=self.dtype, name="conv_out")(h)
-        if x.shape[-1] != n:
-            x = Dense(n, dtype=self.dtype, name="skip")(x)
-        x = constrain(x + Tap(name="residual")(h), "batch", ...)
-        if self.heads:
-            flat = lambda a: a.reshape(a.shape[0], -1, n)
-            h = flat(GroupNorm(name="norm_attention")(x))
-            x = x + Attention(self.heads, zero=True, dtype=self.dtype, name="attention")(h).reshape(x.shape)
-            if tokens is not None:
-                h = flat(GroupNorm(name="norm_cross")(x))
-                cross = Attention(self.heads, zero=True, dtype=self.dtype, name="cross")
-                x = x + cross(h, tokens, mask).reshape(x.shape)
-        return Tap(name="block")(x)
-
-
 class UNet(nn.Module):
-    """A U-Net with FiLM by time, label and vector, and attention at chosen levels.   [B, H, W, C] -> [B, H, W, C]
+    """A U-Net with the code in every block, and attention at chosen levels.   [B, *n, C] -> [B, *n, C]
 
-    Level i works at H / 2^i; downwards there are `blocks` residual blocks a level, upwards one more, and two at the
-    bottom. Conditions: label and vector by FiLM, tokens by cross-attention wherever there is self-attention, image by
-    channels (see `conditions`). Taps: `down_i_j`, `middle_j`, `up_i_j`, each with `/{residual,block}`,
-    `/attention/{q,k,v,logits,weights}`, `/cross/...`; `skip_k` (in the order in which they were made) and
+    Level i works at n / factor^i: downwards there are `blocks` residual blocks a level, upwards one more, and two at the
+    bottom. The spatial axes n may be one, two or three. Conditions: label and vector by the code, tokens by
+    cross-attention wherever there is self-attention, image by channels (see `conditions`).
+    The parts are functions or modules of `unet_parts`, `transformer` and `resample`, with `part` to give them arguments;
+    `presets` has the published choices.
+    Taps: `down_i_j`, `middle_j`, `up_i_j`, each with `/{residual,block}`, `/attention/{q,k,v,logits,weights}`,
+    `/cross/...`; `skip_k` (in the order in which they were made), `up_i` (what enters level i from below) and
     `bottleneck`. The output starts at zero.
-    Args of a call: x: [B, H, W, C], H and W divisible by 2^(levels - 1).   t: scalar or [B].   train: use dropout.
-    Returns: [B, H, W, out_channels or C], at least float32.
-    Raises: ValueError: H or W not divisible; a level of attention that does not exist; shapes or conditions that do
+    Args of a call: x: [B, *n, C], each axis divisible by factor^(levels - 1).   t: scalar or [B].   train: use dropout.
+    Returns: [B, *n, out_channels or C], at least float32.
+    Raises: ValueError: an axis not divisible; a level of attention that does not exist; shapes or conditions that do
     not fit.
 
     Example:
@@ -115,19 +72,35 @@ class UNet(nn.Module):
     token_size: int = 0
     image_channels: int = 0
     out_channels: int | None = None  # default those of x
-    frequencies: Frequencies = UNIT
+    frequencies: Features = UNIT
     act: Callable[[Any], Any] = nn.silu
     dropout: float = 0.0
     conv: ConvForm | None = None  # `layers.native`, `layers.slices`, or None: the faster
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
-    RULES: ClassVar[Rules] = (*ATTENTION, *RESIDUAL, *FILM, *CODE)  # along the mesh axis `model`
+    kernel: int | tuple[int, ...] = 3  # of the convolutions, for all axes or by axis
+    factor: Factor = 2  # of a level, for all axes or by axis: (1, 2, 2) keeps the first
+    stem: int | None = None  # channels of the first convolution, default widths[0]
+    heads: int | None = None  # of every attention, default channels / head_size
+    sinusoids: int | None = None  # sinusoidal features of the time, default as `code`
+    norm: Any = GroupNorm
+    block: Any = ResBlock
+    mix: Any = (
+        attend  # after the blocks of a level of attention: `attend`, `transformer`, or a tuple, one for each level
+    )
+    late: bool = False  # upwards, `mix` after the last block of a level alone
+    down: Any = pooled  # `pooled`, `strided`, `within`
+    up: Any = repeated  # `repeated`, `enlarged`, `within`
+    pyramid_in: Any = None  # `input_skip`, `input_residual`
+    pyramid_out: Any = None  # (y, factor) -> y enlarged, where each level adds to the output: `double`, `fir_double`
+    deep_vector: bool = False  # see `Code`
+    RULES: ClassVar[Rules] = (*ATTENTION, *RESIDUAL, *FILM, *CODE, *BLOCK, *GATE)  # along the mesh axis `model`
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
         """The network at state x, time code t and condition."""
-        x = read_state(x, "[B, H, W, C]")
-        check_levels(self, x)
+        x = read_state(x, "[B, ..., C]")
+        check_levels(self, x, self.factor)
         if self.token_size and not self.attention:
             raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
         condition = read_condition(
@@ -138,38 +111,71 @@ class UNet(nn.Module):
             token_size=self.token_size,
             image_channels=self.image_channels,
         )
-        code = Code(self.code, self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype, name="code")
+        kinds = (self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype)
+        code = Code(self.code, *kinds, sinusoids=self.sinusoids, deep_vector=self.deep_vector, name="code")
         c = code(read_time(t, x), condition)
-        last = len(self.widths) - 1
-        make = rematerialised(ResBlock, self.remat)
+        levels = range(len(self.widths))
+        last = levels[-1]
+        conv = part(Conv, kernel=self.kernel, form=self.conv, dtype=self.dtype)
+        make = self._block(train)
 
         def block(h: Any, level: int, attend: bool, name: str) -> Any:
             n = self.widths[level]
-            heads = max(1, n // self.head_size) if attend else 0
-            made = make(n, heads, self.act, self.conv, self.dropout, train, self.dtype, name=name)
+            heads = (self.heads or max(1, n // self.head_size)) if attend else 0
+            made = make(features=n, heads=heads, mix=self._mix(level), name=name)
             return made(h, c, condition.tokens, condition.mask)
 
+        def resized(h: Any, name: str, resize: Any) -> Any:
+            made = make(features=h.shape[-1], heads=0, resize=resize, name=name)
+            return made(h, c, condition.tokens, condition.mask)
+
+        site = lambda name: Site(name, self.factor, conv, resized)
         h = x.astype(self.dtype)
         if condition.image is not None:
             h = jnp.concatenate([h, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
-        h = Conv(self.widths[0], form=self.conv, dtype=self.dtype, name="in")(h)
+        pyramid, h = h, conv(self.stem or self.widths[0], name="in")(h)
         skips = [h]
-        for i in range(last + 1):
+        for i in levels:
             for j in range(self.blocks):
                 h = block(h, i, i in self.attention, f"down_{i}_{j}")
                 skips.append(h)
             if i < last:
-                h = halve(h)
+                here = site(f"halve_{i + 1}")
+                h = self.down(h, here)
+                if self.pyramid_in is not None:
+                    h, pyramid = self.pyramid_in(h, pyramid, here)
                 skips.append(h)
         h = block(h, last, bool(self.attention), "middle_0")
         h = Tap(name="bottleneck")(block(h, last, False, "middle_1"))
-        for i in reversed(range(last + 1)):
+        y = None
+        for i in reversed(levels):
             for j in range(self.blocks + 1):
                 skip = Tap(name=f"skip_{len(skips) - 1}")(skips.pop())
-                h = block(jnp.concatenate([h, skip], axis=-1), i, i in self.attention, f"up_{i}_{j}")
+                attend = i in self.attention and (j == self.blocks or not self.late)
+                h = block(jnp.concatenate([h, skip], axis=-1), i, attend, f"up_{i}_{j}")
+            if i == 0 or self.pyramid_out is not None:
+                level = f"_{i}" if i else ""
+                here = self.act(self.norm(name=f"norm_out{level}")(h))
+                here = conv(self.out_channels or x.shape[-1], zero=True, name=f"out{level}")(here)
+                y = here if y is None else here + self.pyramid_out(y, self.factor)
             if i:
-                h = double(h)
-        h = self.act(GroupNorm(name="norm_out")(h))
-        out = self.out_channels or x.shape[-1]
-        y = Conv(out, form=self.conv, zero=True, dtype=self.dtype, name="out")(h)
+                h = Tap(name=f"up_{i - 1}")(self.up(h, site(f"double_{i - 1}")))
         return y.astype(at_least_float32(x.dtype))
+
+    def _block(self, train: bool) -> Any:
+        """The residual block with all that is the same everywhere, rematerialised if asked."""
+        block = self.block if isinstance(self.block, part) else part(self.block)
+        same = dict(act=self.act, form=self.conv, dropout=self.dropout, train=train, dtype=self.dtype)
+        same |= dict(kernel=self.kernel, norm=self.norm)
+        return part(rematerialised(block.make, self.remat), **(same | dict(block.given)))
+
+    def _mix(self, level: int) -> Any:
+        """What follows the blocks of a level of attention, and of the bottom, which has that of the last of them."""
+        if not isinstance(self.mix, tuple):
+            return self.mix
+        if len(self.mix) != len(self.attention):
+            raise ValueError(
+                f"mix must be one part, or one for each level of attention={self.attention}; got {len(self.mix)} parts"
+            )
+        at = dict(zip(self.attention, self.mix, strict=True))
+        return at.get(level, self.mix[-1])

@@ -39,7 +39,7 @@ def test_the_writers_are_the_published_filters():
 
 def test_every_level_is_written_where_its_backbone_meets_a_skip(case):
     net, params, x, t = case
-    assert sorted(freeu(net, {1: 1.2}, {})) == ["bottleneck", "up_1_0/block", "up_1_1/block"]
+    assert sorted(freeu(net, {1: 1.2}, {})) == ["bottleneck", "up_0", "up_1_0/block"]
     assert sorted(freeu(net, {}, {1: 1.2})) == ["skip_1", "skip_2", "skip_3"]
     assert sorted(freeu(net, {0: 1.2}, {0: 0.5})) == ["skip_0", "up_0_0/block"]
     names = nw.tap_names(net.apply, {"params": params}, x, t)

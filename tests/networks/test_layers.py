@@ -9,6 +9,7 @@ from diffjax import networks as nw
 from diffjax.networks import layers
 from diffjax.networks.attention import MATMUL_LENGTH, Attention, logits_of, softmax, weighted
 from diffjax.networks.dit import patches, unpatches
+from diffjax.networks.resample import double, halve, per_axis
 
 normal = lambda *shape, seed=0: np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
@@ -26,7 +27,7 @@ def test_convolution_forms_agree_with_their_gradients(kernel):
 @pytest.mark.parametrize("n, k, s", [((7,), (3,), 2), ((4, 6), (3, 3), 2), ((2, 4, 3), (1, 3, 2), (1, 2, 1))])
 def test_convolutions_of_any_rank_and_stride_equal_a_loop(n, k, s, before):
     x, kernel = normal(2, *n, 3), normal(*k, 3, 4, seed=1)
-    strides = layers.per_axis(s, x, "stride")
+    strides = per_axis(s, x, "stride")
     lows = [(m - 1) // 2 if before is None else before for m in k]
     big = np.pad(x, [(0, 0), *((low, m) for low, m in zip(lows, k, strict=True)), (0, 0)])
     out = [-(-m // q) for m, q in zip(n, strides, strict=True)]
@@ -72,8 +73,8 @@ def test_norms_against_numpy():
 
 def test_halve_undoes_double_and_unpatches_undoes_patches():
     x = jnp.asarray(normal(2, 4, 6, 3))
-    np.testing.assert_allclose(layers.halve(layers.double(x)), x, atol=1e-6)
-    np.testing.assert_array_equal(layers.double(x)[:, 1::2, ::2], x)
+    np.testing.assert_allclose(halve(double(x)), x, atol=1e-6)
+    np.testing.assert_array_equal(double(x)[:, 1::2, ::2], x)
     np.testing.assert_array_equal(unpatches(patches(x, 2), 2, 4, 6), x)
     np.testing.assert_array_equal(patches(x, 2)[0, 1, :3], x[0, 0, 2])
 
