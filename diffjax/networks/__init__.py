@@ -22,7 +22,7 @@ from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions, sinusoids
 from diffjax.networks.freeu import freeu
-from diffjax.networks.layers import Conv, native, slices, stack_blocks, unstack_blocks
+from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.magnitude import (
     CosineAttention,
     MPConv,
@@ -62,6 +62,7 @@ __all__ = [
     "Tap",
     "TimeCode",
     "UNet",
+    "canonical",
     "constrain",
     "freeu",
     "from_linen",

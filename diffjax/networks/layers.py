@@ -1,4 +1,4 @@
-"""Layers shared by all networks: dense, convolution in two equal forms, norms, residual stacks."""
+"""Layers shared by all networks: dense, convolution in three equal forms, norms, residual stacks."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from diffjax.networks.convolution import laid_out
 from diffjax.networks.resample import per_axis
 from diffjax.networks.taps import LayerIndex
 
@@ -67,6 +68,17 @@ def native(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int |
     return lax.conv_general_dilated(x, kernel, strides, _pads(x, kernel, strides, before), dimension_numbers=names)
 
 
+def canonical(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
+    """The same convolution, with gradients that are fast in loops on a CPU, see `convolution.laid_out`.
+
+    Example:
+        >>> canonical(jnp.ones((1, 2, 2, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
+        [[4.0, 4.0], [4.0, 4.0]]
+    """
+    strides = per_axis(stride, x, "stride")
+    return laid_out(x, kernel, strides, tuple(_pads(x, kernel, strides, before)))
+
+
 def slices(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
     """The same convolution as pad, shifted slices and matrix products.   [B, *n, c] -> [B, *ceil(n / stride), d]
 
@@ -106,26 +118,27 @@ def _pads(x: Any, kernel: Any, strides: tuple[int, ...], before: int | None) -> 
 
 
 def choose_form(backend: str) -> ConvForm:
-    """The form to use on a backend: `slices` on a CPU, else `native`.
+    """The form to use on a backend: `canonical` on a CPU, else `native`.
 
-    On a CPU, XLA's gradient of a convolution is slow inside a loop, where K training steps per dispatch and samplers run.
-    Milliseconds of forward + gradient, batch 64 (16 at 16 x 16, 8 at 32 x 32), 2 cores, JAX 0.10.2, plain / in `lax.scan`:
+    On a CPU the gradients that JAX derives for a convolution are slow inside a loop, where K training steps per dispatch
+    and samplers run. Milliseconds of the gradient in `lax.scan`, batch 64 (16 at 16 x 16, 8 at 32 x 32), 2 cores that
+    other work shared, JAX 0.10.2:
 
-        size x channels   8 x 16     8 x 32    8 x 64   8 x 128    16 x 16   16 x 32   16 x 64   32 x 16   32 x 32
-        native            .6 / 23   1.8 / 67   7 / 352  16 / 1284  .6 / 10  1.8 / 45   7 / 164   1.0 / -   3.7 / -
-        slices           1.4 / .8   2.0 / 2.0  6 / 7    35 / 26   1.3 / 1.6 1.9 / 2.1  7 / 14   1.4 / 1.6  3.7 / 4.4
+        size x channels   8 x 16   8 x 64   16 x 64   16 x 128   32 x 16   32 x 64
+        native                46     1041       469       2582       165       751
+        slices               1.0      9.7        10         72       6.7        28
+        canonical             .7      5.3       5.5         35       6.0        13
 
-    So no size calls for `native` there: outside loops it gains up to 4 x (16 x 16 x 128, 32 x 32 x 64), inside it loses 6 to 50 x
-    (25 x and 10 x at these two).
+    The forward pass alone is that of `native`, .4 to 1 of `slices`; so no size calls for `slices`.
     """
-    return slices if backend == "cpu" else native
+    return canonical if backend == "cpu" else native
 
 
 class Conv(nn.Module):
-    """Convolution with zero padding over any number of axes, in either of two equal forms of equal parameters.   y = x * W + b
+    """Convolution with zero padding over any number of axes, in equal forms of equal parameters.   y = x * W + b
 
-    Args: x: [B, *n, c].   kernel: its lengths, or one for all axes.   form: `native`, `slices`, or None: `choose_form` for
-    the default backend.   stride, before: see `native`.
+    Args: x: [B, *n, c].   kernel: its lengths, or one for all axes.   form: `native`, `canonical`, `slices`, or None:
+    `choose_form` for the default backend.   stride, before: see `native`.
     Returns: [B, *ceil(n / stride), features].
     Raises: ValueError: `kernel` or `stride` has another number of axes than x.
 

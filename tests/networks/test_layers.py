@@ -20,7 +20,32 @@ def test_convolution_forms_agree_with_their_gradients(kernel):
     run = lambda form: jax.jit(lambda x, k: (form(x, k), jax.grad(lambda *a: jnp.sum(form(*a) * g), (0, 1))(x, k)))(
         x, k
     )
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), run(nw.native), run(nw.slices))
+    for form in (nw.slices, nw.canonical):
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5), run(nw.native), run(form))
+
+
+@pytest.mark.parametrize("n, k, s", [((7,), (3,), 2), ((4, 6), (3, 3), (1, 2)), ((2, 4, 3), (1, 3, 2), (1, 2, 1))])
+def test_the_canonical_form_has_the_derivatives_of_the_native_one(n, k, s):
+    """Reverse, forward over reverse, and under vmap; in a loop its gradients name the axes as the plain convolution."""
+    x, kernel = jnp.asarray(normal(2, *n, 3)), jnp.asarray(normal(*k, 3, 4, seed=1))
+
+    def found(form):
+        loss = lambda x, kernel: jnp.sum(jnp.sin(form(x, kernel, s, 0)))
+        grad = jax.grad(loss, (0, 1))
+        each = jax.vmap(lambda x: jax.grad(loss)(x[None], kernel))(x)
+        return (
+            grad(x, kernel),
+            jax.jvp(grad, (x, kernel), (x, kernel)),
+            jax.jvp(lambda x: form(x, kernel, s), (x,), (x,)),
+            each,
+        )
+
+    a, b = (jax.jit(found, static_argnums=0)(form) for form in (nw.native, nw.canonical))
+    jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, atol=2e-5, rtol=1e-4), a, b)
+    text = str(jax.make_jaxpr(jax.grad(lambda x, k: jnp.sum(nw.canonical(x, k)), (0, 1)))(x, kernel))
+    rank = x.ndim
+    plain = f"lhs_spec=(0, {rank - 1}"
+    assert text.count("conv_general_dilated[") == text.count(plain) == 3, text
 
 
 @pytest.mark.parametrize("before", [None, 0])
@@ -36,7 +61,7 @@ def test_convolutions_of_any_rank_and_stride_equal_a_loop(n, k, s, before):
         for by in np.ndindex(*k):
             place = tuple(i * q + j for i, q, j in zip(at, strides, by, strict=True))
             want[(slice(None), *at)] += big[(slice(None), *place)] @ kernel[by]
-    for form in (nw.native, nw.slices):
+    for form in (nw.native, nw.slices, nw.canonical):
         np.testing.assert_allclose(form(x, kernel, s, before), want, atol=1e-5)
     with pytest.raises(ValueError, match="stride=.* one number for each axis"):
         nw.slices(x, kernel, (1, 1, 1, 1))
@@ -53,13 +78,14 @@ def test_both_forms_have_the_same_parameters_and_the_rule_is_the_documented_one(
     x = normal(1, 4, 4, 2)
     trees = [nw.random_parameters(nw.UNet(widths=(4, 8), conv=f), x, 0.5) for f in (nw.native, nw.slices, None)]
     jax.tree.map(np.testing.assert_array_equal, trees[0], trees[1])
-    outs = [nw.from_linen(nw.UNet(widths=(4, 8), conv=f)) for f in (nw.native, nw.slices)]
-    a, b = (jax.jit(f)(trees[0], x, 0.5) for f in outs)
+    outs = [nw.from_linen(nw.UNet(widths=(4, 8), conv=f)) for f in (nw.native, nw.slices, nw.canonical)]
+    a, b, c = (jax.jit(f)(trees[0], x, 0.5) for f in outs)
     np.testing.assert_allclose(a, b, atol=1e-5)
-    assert layers.choose_form("cpu") is nw.slices
+    np.testing.assert_allclose(a, c, atol=1e-5)
+    assert layers.choose_form("cpu") is nw.canonical
     assert layers.choose_form("gpu") is layers.choose_form("tpu") is nw.native
     text = str(jax.make_jaxpr(nw.from_linen(nw.UNet(widths=(4, 8))))(trees[2], x, 0.5))
-    assert ("conv_general" in text) == (jax.default_backend() != "cpu")
+    assert ("custom_jvp_call" in text) == (jax.default_backend() == "cpu")
 
 
 def test_norms_against_numpy():
