@@ -169,12 +169,14 @@ def read_time(t: Any, x: Any, axes: int = 1) -> jax.Array:
 def read_state(x: Any, form: str) -> jax.Array:
     """The state as a JAX array, if it is floating and has the axes that `form` names, such as '[B, H, W, C]'.
 
+    `...` stands for any number of axes, `*n` for one to three.
+
     Raises: ValueError: as said.
     """
     x = jnp.asarray(x)
     rank = form.count(",") + 1
-    wrong = x.ndim < 2 if "..." in form else x.ndim != rank
-    if wrong or not jnp.issubdtype(x.dtype, jnp.floating):
+    fits = x.ndim >= 2 if "..." in form else 3 <= x.ndim <= 5 if "*n" in form else x.ndim == rank
+    if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"the state x must be a floating array {form}; got {x.dtype} of shape {x.shape}")
     return x
 

@@ -248,7 +248,7 @@ def plain_norm(x: Any, eps: float = 1e-6) -> jax.Array:
 class LayerNorm(nn.Module):
     """Layer normalisation over the last axis.   scale * (x - mean) / sqrt(var + eps) + bias
 
-    Reference: Ba et al. 2016, arXiv:1607.06450, Eq. 4.
+    Reference: Ba et al. 2016, arXiv:1607.06450.
     """
 
     eps: float = 1e-5

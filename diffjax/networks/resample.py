@@ -63,7 +63,7 @@ def fir_halve(x: Any, factor: Factor = 2, taps: tuple[float, ...] = BINOMIAL) ->
         >>> fir_halve(jnp.arange(4.0).reshape(1, 4, 1), taps=(1.0, 1.0)).ravel().tolist()
         [0.5, 2.5]
 
-    Reference: Zhang 2019, arXiv:1904.11486, section 3; Song et al. 2021, arXiv:2011.13456, appendix H.1.
+    Reference: Zhang 2019, arXiv:1904.11486, section 3; Song et al. 2021, arXiv:2011.13456, appendix H.
     """
     p = len(taps) // 2 - 1
     for axis in _halved(x, factor):

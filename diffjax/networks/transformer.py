@@ -16,7 +16,7 @@ class TransformerBlock(nn.Module):
     """Attention, attention to tokens, gated MLP, each as x + f(norm(x)).   MLP: W (a gelu(b)),  a = A x,  b = B x
 
     Taps: `attention/...`, `cross/...`, `block`.
-    Reference: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.1; Shazeer 2020, arXiv:2002.05202, Eq. 5 (GEGLU).
+    Reference: Rombach et al. 2022, arXiv:2112.10752, appendix E.2; Shazeer 2020, arXiv:2002.05202 (GEGLU).
     """
 
     heads: int
@@ -48,7 +48,7 @@ def transformer(
     Args: x: [B, *n, c].   tokens, mask: see `attention`.   heads: of both attentions.   remat: of each block.
     Returns: [B, *n, c].
 
-    Reference: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.1.
+    Reference: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.
     """
     b, n = x.shape[0], x.shape[-1]
     h = GroupNorm(name="norm_attention")(x).reshape(b, -1, n)

@@ -99,7 +99,7 @@ class UNet(nn.Module):
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
         """The network at state x, time code t and condition."""
-        x = read_state(x, "[B, ..., C]")
+        x = read_state(x, "[B, *n, C]")
         check_levels(self, x, self.factor)
         if self.token_size and not self.attention:
             raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")

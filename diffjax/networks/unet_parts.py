@@ -92,7 +92,7 @@ class ResBlock(nn.Module):
     """Two convolutions with the code between them, then `mix`.   x' = rescale (skip(x) + Conv(act(FiLM(Conv(act(norm(x)))))))
 
     Where it changes the size, `resize` is applied to x and before the first convolution. Taps: `residual`, `block`.
-    Reference: Ho et al. 2020, arXiv:2006.11239, appendix B; resize: Song et al. 2021, arXiv:2011.13456, appendix H.1.
+    Reference: Ho et al. 2020, arXiv:2006.11239, appendix B; resize: Song et al. 2021, arXiv:2011.13456, appendix H.
     """
 
     features: int
@@ -165,7 +165,7 @@ def enlarged(h: Any, site: Site) -> Any:
 def within(h: Any, site: Site, resize: Any) -> Any:
     """Down or up inside a residual block: `resize` is one of `halve`, `double`, `fir_halve`, `fir_double`.
 
-    Reference: Brock et al. 2019, arXiv:1809.11096, Fig. 15.
+    Reference: Brock et al. 2019, arXiv:1809.11096, appendix B.
     """
     return site.block(h, site.name, part(resize, factor=site.factor))
 
@@ -176,7 +176,7 @@ def within(h: Any, site: Site, resize: Any) -> Any:
 def input_skip(h: Any, pyramid: Any, site: Site, resize: Any = fir_halve) -> tuple[Any, Any]:
     """The input at this size enters by a linear map.   p' = resize(p),  h' = h + W p' + b
 
-    Reference: Song et al. 2021, arXiv:2011.13456, appendix H.1 (progressive growing, input skip).
+    Reference: Song et al. 2021, arXiv:2011.13456, appendix H (progressive growing, input skip).
     """
     pyramid = resize(pyramid, site.factor)
     return h + site.conv(h.shape[-1], kernel=1, name=f"{site.name}_pyramid")(pyramid), pyramid
@@ -185,7 +185,7 @@ def input_skip(h: Any, pyramid: Any, site: Site, resize: Any = fir_halve) -> tup
 def input_residual(h: Any, pyramid: Any, site: Site) -> tuple[Any, Any]:
     """The input runs along and is halved by filtered, strided convolutions.   p' = h' = (h + Conv(blur(p))) / sqrt(2)
 
-    Reference: Song et al. 2021, arXiv:2011.13456, appendix H.1 (progressive growing, residual).
+    Reference: Song et al. 2021, arXiv:2011.13456, appendix H (progressive growing, residual).
     """
     wide = fir_blur(pyramid, site.factor)
     y = site.conv(h.shape[-1], stride=site.factor, before=0, name=f"{site.name}_pyramid")(wide)

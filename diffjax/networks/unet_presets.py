@@ -34,11 +34,11 @@ def multiples(base: int, *by: float | int) -> dict:
 GROUPS = part(GroupNorm, groups=32)
 LOOSE = part(GroupNorm, groups=32, eps=1e-5)
 
-# arXiv:2006.11239, appendix B: 32 x 32 (CIFAR-10) and 256 x 256 (LSUN, CelebA-HQ); 64 x 64 (CelebA): arXiv:2010.02502, D.1
+# arXiv:2006.11239, appendix B: 32 x 32 (CIFAR-10) and 256 x 256 (LSUN, CelebA-HQ); 64 x 64 (CelebA): arXiv:2010.02502
 DDPM = dict(
     blocks=2, heads=1, norm=GROUPS, block=part(ResBlock, modulation=added), down=part(strided, before=0), up=enlarged
 )
-# arXiv:2011.13456, appendix H.1, with the layers a level that CIFAR-10 has and the input and output of 256 x 256
+# arXiv:2011.13456, appendix H, and the settings of its weights for CIFAR-10 and CelebA-HQ 256
 HALF = math.sqrt(0.5)
 SCORE = dict(
     blocks=4,
@@ -52,7 +52,7 @@ MEANS = dict(down=part(within, resize=halve), up=part(within, resize=double))
 FILTERS = dict(
     down=part(within, resize=fir_halve), up=part(within, resize=fir_double), frequencies=fourier(16.0), sinusoids=256
 )
-# arXiv:2105.05233, appendix I, and the options of the released weights
+# arXiv:2105.05233, Tables 11 and 13, and the options of the released weights
 ADM = dict(blocks=2, head_size=64, norm=LOOSE, mix=part(attend, norm=LOOSE), **MEANS)
 # arXiv:2112.10752, appendix E, and the options of the released weights
 LATENT = dict(blocks=2, norm=LOOSE, block=part(ResBlock, modulation=added), down=strided, up=enlarged)

@@ -270,7 +270,7 @@ def test_bad_times_and_states(case):
     refuse(case, "time code", t=np.zeros(2, np.float32))
     refuse(case, "time code", t=np.zeros((3, 9), np.float32))
     refuse(case, "state x", x=case.x.astype(np.int32))
-    refuse(case, "state x", x=case.x[0, ..., 0] if case.x.ndim == 2 else case.x[0])
+    refuse(case, "state x", x=case.x[0, ..., 0])
 
 
 def test_bad_conditions(case):

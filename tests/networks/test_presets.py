@@ -38,7 +38,8 @@ def test_dit_xl_2_to_the_last_parameter():
 # arXiv:2011.13456 (the fixed frequencies of the time, 128 numbers, are no parameters); adm-256 of guided-diffusion (its
 # network without labels has 552,814,086: 1000 rows of 1024 fewer; ours has one more row, of "no label"); sd-1, sd-2 and sdxl
 # of Stable Diffusion 1.x, 2.x and XL. The printed figures: adm-64, -128 and -512 296, 422 and 559 million
-# (arXiv:2105.05233), ldm-4 and -8 400 and 395 million (arXiv:2112.10752), ncsn++-256 65 million, ddpm++-edm 55.7 million.
+# (arXiv:2105.05233, Table 11) and 312 and 309 (Table 13), ldm-4 and -8 400 and 395 and ldm-4-ffhq 274 (arXiv:2112.10752,
+# appendix E).
 # Multiply-adds: arXiv:2212.09748, section 5.1 (ADM-U is adm-64 and adm-64-256, or adm-128 and adm-128-512).
 LABELS = dict(num_classes=1000, out_channels=6)
 UNETS = {

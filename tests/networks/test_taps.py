@@ -25,7 +25,7 @@ def sites(name):
     attending, plain = ["down_1_0", "middle_0", "up_1_0", "up_1_1"], ["down_0_0", "middle_1", "up_0_0", "up_0_1"]
     names = {f"{b}/{s}" for b in attending + plain for s in ("residual", "block")}
     names |= {f"{b}/{a}/{s}" for b in attending for a in ("attention", "cross") for s in QKV}
-    return names | {f"skip_{i}" for i in range(4)} | {"bottleneck"}
+    return names | {f"skip_{i}" for i in range(4)} | {"bottleneck", "up_0"}
 
 
 def call(case, fn):

@@ -271,6 +271,8 @@ def test_one_axis_is_two_with_kernels_of_one():
 @pytest.mark.parametrize(
     "net, shape, match",
     [
+        (nw.UNet(), (), "floating array .B, .n, C.; got float32 of shape .1, 3."),
+        (nw.UNet(), (2, 2, 2, 2), "floating array .B, .n, C."),
         (nw.UNet(factor=(1, 2)), (4, 3), "divisible by 1 x 2"),
         (nw.UNet(factor=(1, 2)), (4, 4, 4), "factor=.1, 2. must have one number for each axis"),
         (nw.UNet(kernel=(3,)), (4, 4), "kernel=.3,. must have one number"),
