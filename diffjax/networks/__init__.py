@@ -20,7 +20,7 @@ from diffjax.networks.classifier import Classifier
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
-from diffjax.networks.embeddings import LabelEmbedding, TimeCode, grid_positions, sinusoids
+from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.magnitude import (
@@ -37,8 +37,11 @@ from diffjax.networks.magnitude import (
 from diffjax.networks.mlp import MLP
 from diffjax.networks.partition import constrain
 from diffjax.networks.presets import PRESETS, preset
+from diffjax.networks.resample import double, fir_double, fir_halve, halve
 from diffjax.networks.taps import Tap, magnitudes, per_layer, tap_names, tapped
+from diffjax.networks.transformer import transformer
 from diffjax.networks.unet import UNet
+from diffjax.networks.unet_parts import ResBlock, part
 from diffjax.types import Card
 
 __all__ = [
@@ -59,15 +62,21 @@ __all__ = [
     "MPConv",
     "MPDense",
     "MPEmbedding",
+    "ResBlock",
     "Tap",
     "TimeCode",
     "UNet",
     "canonical",
     "constrain",
+    "double",
+    "fir_double",
+    "fir_halve",
+    "fourier",
     "freeu",
     "from_linen",
     "from_nnx",
     "grid_positions",
+    "halve",
     "initialise",
     "magnitudes",
     "mp_cat",
@@ -77,6 +86,7 @@ __all__ = [
     "native",
     "null_condition",
     "parameter_count",
+    "part",
     "partition_rules",
     "per_layer",
     "preset",
@@ -88,6 +98,7 @@ __all__ = [
     "stack_blocks",
     "tap_names",
     "tapped",
+    "transformer",
     "unstack_blocks",
 ]
 

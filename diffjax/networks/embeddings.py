@@ -56,8 +56,8 @@ class fourier:  # noqa: N801  (reads as a function: frequencies=fourier(16.0))
     Args of a call: t: any shape.   size: even.   Returns: [*t.shape, size] float32.
 
     Example:
-        >>> fourier(16.0)(jnp.zeros(3), 4).tolist()[0]
-        [0.0, 0.0, 1.0, 1.0]
+        >>> fourier(16.0)(jnp.zeros(3), 4)[0, 2:].tolist()
+        [1.0, 1.0]
 
     Reference: Tancik et al. 2020, arXiv:2006.10739; Song et al. 2021, arXiv:2011.13456, appendix H.
     """

@@ -1,7 +1,8 @@
 """Published U-Nets as parts of one: DDPM, DDPM++ and NCSN++, ADM, latent and Stable Diffusion.
 
 They take the classes, vectors, tokens, image channels and outputs of their fields. Time codes are as everywhere, of range
-one; weights that were trained on t = 0 ... 999 need `frequencies=(1e-4, 1.0)` and `1000 t`.
+one. Weights trained on t = 0 ... 999 need that as time code, and `frequencies` of (1e-4, 1) for DDPM and DDPM++, or of
+(1e-4^(1 - 2 / sinusoids), 1) for ADM, latent and Stable Diffusion.
 """
 
 from __future__ import annotations
@@ -52,6 +53,8 @@ MEANS = dict(down=part(within, resize=halve), up=part(within, resize=double))
 FILTERS = dict(
     down=part(within, resize=fir_halve), up=part(within, resize=fir_double), frequencies=fourier(16.0), sinusoids=256
 )
+# arXiv:2102.09672: 64 x 64 by channels, and the options of its weights for CIFAR-10
+IMPROVED = dict(blocks=3, heads=4, norm=LOOSE, mix=part(attend, norm=LOOSE), down=strided, up=enlarged)
 # arXiv:2105.05233, Tables 11 and 13, and the options of the released weights
 ADM = dict(blocks=2, head_size=64, norm=LOOSE, mix=part(attend, norm=LOOSE), **MEANS)
 # arXiv:2112.10752, appendix E, and the options of the released weights
@@ -65,7 +68,7 @@ PRESETS = {
         "ddpm-64": multiples(128, 1, 2, 2, 2, 4) | DDPM | dict(attention=(2,), dropout=0.1),
         "ddpm-256": multiples(128, 1, 1, 2, 2, 4, 4) | DDPM | dict(attention=(4,)),
         "ddpm++": multiples(128, 1, 2, 2, 2) | SCORE | MEANS | dict(dropout=0.1),
-        # as trained by arXiv:2206.00364 (its table of hyperparameters): three levels of 256 after a stem of 128
+        # as arXiv:2206.00364 trains them: three levels of 256 after a stem of 128
         "ddpm++-edm": multiples(128, 2, 2, 2) | SCORE | MEANS | dict(stem=128, dropout=0.13),
         "ncsn++-edm": multiples(128, 2, 2, 2)
         | SCORE
@@ -76,6 +79,8 @@ PRESETS = {
         | SCORE
         | FILTERS
         | dict(blocks=2, attention=(4,), pyramid_in=input_skip, pyramid_out=fir_double),
+        "iddpm-32": multiples(128, 1, 2, 2, 2) | IMPROVED | dict(attention=(1, 2), dropout=0.3),
+        **{f"iddpm-64-{n}": multiples(n, 1, 2, 3, 4) | IMPROVED | dict(attention=(2, 3)) for n in (64, 96, 128, 192)},
         "adm-64": multiples(192, 1, 2, 3, 4) | ADM | dict(blocks=3, attention=(1, 2, 3), dropout=0.1),
         "adm-128": multiples(256, 1, 1, 2, 3, 4) | ADM | dict(attention=(2, 3, 4), heads=4),
         "adm-256": multiples(256, 1, 1, 2, 2, 4, 4) | ADM | dict(attention=(3, 4, 5)),

@@ -37,7 +37,7 @@ def test_dit_xl_2_to_the_last_parameter():
 # Released weights: ddpm-32 of google/ddpm-cifar10-32, ddpm-256 of google/ddpm-celebahq-256; ddpm++ and ncsn++ of
 # arXiv:2011.13456 (the fixed frequencies of the time, 128 numbers, are no parameters); adm-256 of guided-diffusion (its
 # network without labels has 552,814,086: 1000 rows of 1024 fewer; ours has one more row, of "no label"); sd-1, sd-2 and sdxl
-# of Stable Diffusion 1.x, 2.x and XL. The printed figures: adm-64, -128 and -512 296, 422 and 559 million
+# of Stable Diffusion 1.x, 2.x and XL. The printed figures in millions: adm-64, -128 and -512 296, 422 and 559
 # (arXiv:2105.05233, Table 11) and 312 and 309 (Table 13), ldm-4 and -8 400 and 395 and ldm-4-ffhq 274 (arXiv:2112.10752,
 # appendix E).
 # Multiply-adds: arXiv:2212.09748, section 5.1 (ADM-U is adm-64 and adm-64-256, or adm-128 and adm-128-512).
@@ -51,6 +51,11 @@ UNETS = {
     "ncsn++": (32, 3, {}, 62_758_787, None),
     "ncsn++-edm": (32, 3, {}, 56_395_523, None),
     "ncsn++-256": (256, 3, {}, 65_574_421, None),
+    "iddpm-32": (32, 3, dict(out_channels=6), 52_546_438, None),
+    "iddpm-64-64": (64, 3, dict(out_channels=6), 30_303_494, None),
+    "iddpm-64-96": (64, 3, dict(out_channels=6), 68_126_598, None),
+    "iddpm-64-128": (64, 3, dict(out_channels=6), 121_063_942, None),
+    "iddpm-64-192": (64, 3, dict(out_channels=6), 272_281_350, None),
     "adm-64": (64, 3, LABELS, 295_904_454 + 768, None),
     "adm-128": (128, 3, LABELS, 421_529_606 + 1024, None),
     "adm-256": (256, 3, LABELS, 552_814_086 + 1001 * 1024, 1120),
@@ -64,7 +69,7 @@ UNETS = {
     "sd-2": (96, 4, {}, 865_910_724, None),
     "sdxl": (128, 4, {}, 2_567_463_684, None),
 }
-QUICK = {"ddpm-32", "ncsn++", "adm-256", "ldm-4", "sdxl"}
+QUICK = {"ddpm-32", "ncsn++", "adm-256", "sd-1"}
 
 
 @pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in UNETS])

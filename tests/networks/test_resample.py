@@ -45,7 +45,7 @@ def test_doubling_is_the_transpose_of_halving():
 
 def test_the_shortest_filter_is_the_mean_and_the_repeat():
     x = jnp.asarray(normal(2, 4, 2, 6, 3))
-    for factor in (2, (1, 2, 2), (2, 1, 1)):
+    for factor in (2, (1, 2, 2)):
         np.testing.assert_allclose(rs.fir_halve(x, factor, (1.0, 1.0)), rs.halve(x, factor), atol=1e-6)
         np.testing.assert_allclose(rs.fir_double(x, factor, (1.0, 1.0)), rs.double(x, factor), atol=1e-6)
         np.testing.assert_allclose(rs.halve(rs.double(x, factor), factor), x, atol=1e-6)

@@ -123,6 +123,22 @@ def test_a_transformer_block_is_the_textbook_one():
     np.testing.assert_allclose(jax.jit(block.apply)(v, x, None, tokens, mask)[0], y, atol=2e-5)
 
 
+def test_a_transformer_block_cut_over_devices_gives_the_same():
+    x = normal(2, 3, 4)
+    block = TransformerBlock(heads=2, expand=2, dtype=jnp.float32)
+    v = random_variables(block, x, None, None, None)
+    f = jax.jit(lambda p, x: block.apply({"params": p["block_0"]}, x, None, None, None)[0])
+    params = {"block_0": v["params"]}
+    layout = Layout(data=1, model=2, rules=nw.UNet.RULES)
+    mesh = jax.make_mesh((1, 1, 2), ("data", "fsdp", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 3)
+    path = lambda p: jax.tree_util.keystr(p, simple=True, separator="/")
+    place = lambda p, a: jax.device_put(a, jax.sharding.NamedSharding(mesh, layout.spec(path(p), a.shape)))
+    want = f(params, x)
+    with jax.set_mesh(mesh):
+        got = f(jax.tree_util.tree_map_with_path(place, params), x)
+    np.testing.assert_allclose(got, want, atol=1e-5)
+
+
 def test_the_residual_input_is_a_filtered_and_strided_convolution():
     """The convolution and the filter as one kernel of six, with stride two and two zeros around."""
     h, pyramid, w, b = normal(1, 4, 3), normal(1, 8, 2, seed=1), normal(3, 2, 3, seed=2), normal(3, seed=3)
@@ -201,8 +217,10 @@ STRUCTURES = {  # with one, two and three axes
             heads=2,
             token_size=3,
             vector_size=5,
+            image_channels=1,
             deep_vector=True,
             out_channels=4,
+            conv=nw.native,
             kernel=(1, 3, 3),
             factor=(1, 2, 2),
             mix=(part(transformer, depth=2),),
@@ -236,7 +254,8 @@ def test_published_structures_use_all_their_parameters_and_inputs(name):
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
     layout = Layout(data=1, model=2, rules=nw.partition_rules(net))
     cut = {path(p) for p, a in jax.tree_util.tree_leaves_with_path(params) if any(layout.spec(path(p), a.shape))}
-    wide = {p for p in map(path, (p for p, _ in jax.tree_util.tree_leaves_with_path(params))) if "conv_in/kernel" in p}
+    paths = [path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    wide = {p for p in paths if p.endswith(("conv_in/kernel", "_0/hidden/kernel", "gate/kernel", "qkv/kernel"))}
     assert wide <= cut and wide
 
 
