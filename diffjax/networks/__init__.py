@@ -35,18 +35,21 @@ from diffjax.networks.magnitude import (
     pixel_norm,
 )
 from diffjax.networks.mlp import MLP
+from diffjax.networks.mmdit import MMDiT
 from diffjax.networks.partition import constrain
+from diffjax.networks.positions import Learned, Rope, Sincos, rotate
 from diffjax.networks.presets import PRESETS, preset
 from diffjax.networks.resample import double, fir_double, fir_halve, halve
 from diffjax.networks.taps import Tap, magnitudes, per_layer, tap_names, tapped
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet import UNet
 from diffjax.networks.unet_parts import ResBlock, part
+from diffjax.networks.uvit import UViT
 from diffjax.types import Card
 
 __all__ = [
-    "CATALOGUE",
     "Attention",
+    "CATALOGUE",
     "Classifier",
     "Condition",
     "Conv",
@@ -57,15 +60,20 @@ __all__ = [
     "FromLinen",
     "FromNNX",
     "LabelEmbedding",
+    "Learned",
     "MLP",
-    "PRESETS",
+    "MMDiT",
     "MPConv",
     "MPDense",
     "MPEmbedding",
+    "PRESETS",
     "ResBlock",
+    "Rope",
+    "Sincos",
     "Tap",
     "TimeCode",
     "UNet",
+    "UViT",
     "canonical",
     "constrain",
     "double",
@@ -89,10 +97,11 @@ __all__ = [
     "part",
     "partition_rules",
     "per_layer",
-    "preset",
     "pixel_norm",
+    "preset",
     "random_parameters",
     "read_condition",
+    "rotate",
     "sinusoids",
     "slices",
     "stack_blocks",
@@ -110,6 +119,8 @@ CATALOGUE: dict[str, Card] = {
     ),
     "edm2": Card(EDM2UNet, paper="arXiv:2312.02696#fig21", summary="magnitude-preserving U-Net", flags=("image",)),
     "edm2_mlp": Card(EDM2MLP, paper="arXiv:2312.02696", summary="magnitude-preserving MLP", flags=("vector",)),
+    "uvit": Card(UViT, paper="arXiv:2209.12152#3", summary="all inputs as tokens, long skips", flags=("image",)),
+    "mmdit": Card(MMDiT, paper="arXiv:2403.03206#4", summary="two streams, one joint attention", flags=("image",)),
 }
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from diffjax.networks.layers import Dense, Initializer, RMSNorm, at_least_float32, fan_in_uniform
 from diffjax.networks.partition import constrain
+from diffjax.networks.positions import rotate
 from diffjax.networks.taps import Tap
 
 MATMUL_LENGTH = 256  # up to this many queries, heads-first matrix products beat einsum on a CPU
@@ -63,6 +64,18 @@ def per_head(heads: int, n: int) -> Initializer:
     return init
 
 
+def full(q: Any, k: Any, v: Any, mask: Any = None) -> jax.Array:
+    """Every query attends to every key that the mask lets through; taps `logits` and `weights`.   softmax(q k^T) v
+
+    Args: q: [B, T, H, D], already divided by sqrt(D).   k, v: [B, S, H, D].   mask: [B, S] bool or None.
+    Returns: [B, T, H, D]. To be called inside a compact method.
+    """
+    k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))  # gathered where tokens are cut
+    logits = Tap(name="logits")(logits_of(q, k))
+    weights = Tap(name="weights")(softmax(logits, mask))
+    return weighted(weights, v)
+
+
 class Attention(nn.Module):
     """Multi-head attention.   y = softmax(q k^T / sqrt(D)) v W
 
@@ -70,6 +83,7 @@ class Attention(nn.Module):
     a written `weights` is used as it is.
     Args: x: [B, T, d].   tokens: [B, S, e] to attend to, default x itself.   mask: [B, S] bool, False is not attended
     to. Where all is masked the result is exactly zero: attention to tokens has no output bias, unless `out_bias`.
+    angles: [T, D / 2] by which q and k turn, see `positions.Rope`; of x itself only.
     Returns: [B, T, d].
     Raises: ValueError: d not divisible by heads.
 
@@ -90,7 +104,7 @@ class Attention(nn.Module):
     out_bias: bool | None = None  # default: unless it attends to tokens
 
     @nn.compact
-    def __call__(self, x: Any, tokens: Any = None, mask: Any = None) -> jax.Array:
+    def __call__(self, x: Any, tokens: Any = None, mask: Any = None, angles: Any = None) -> jax.Array:
         """Mix `v` of `tokens`, or of x itself."""
         d = x.shape[-1]
         if d % self.heads:
@@ -110,11 +124,11 @@ class Attention(nn.Module):
         if self.qk_norm:
             q = RMSNorm(name="q_norm")(q)
             k = RMSNorm(name="k_norm")(k)
-        k, v = (constrain(a, "batch", None, "heads", None) for a in (k, v))  # gathered where tokens are cut
+        if angles is not None:
+            q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
-        logits = Tap(name="logits")(logits_of(q * (d // self.heads) ** -0.5, k))
-        weights = Tap(name="weights")(softmax(logits, mask))
-        y = constrain(weighted(weights, v), "batch", "tokens", "heads", None).reshape(x.shape)
+        y = full(q * (d // self.heads) ** -0.5, k, v, mask)
+        y = constrain(y, "batch", "tokens", "heads", None).reshape(x.shape)
         y = constrain(y, "batch", "tokens", "wide")
         bias = tokens is None if self.out_bias is None else self.out_bias
         return Dense(d, zero=self.zero, bias=bias, dtype=self.dtype, name="out")(y)

@@ -14,6 +14,7 @@ from diffjax.networks.conditions import Code, read_condition, read_state, read_t
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat
 from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, Rules, constrain
+from diffjax.networks.positions import Rope, Table
 from diffjax.networks.taps import Tap
 
 
@@ -49,14 +50,14 @@ class DiTBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Any, layer: Any, c: Any, tokens: Any, mask: Any) -> tuple[Any, None]:
+    def __call__(self, x: Any, layer: Any, c: Any, tokens: Any, mask: Any, angles: Any) -> tuple[Any, None]:
         """One block; see `layers.repeat` for the form."""
         mark_layer(layer)
         adaptive = Dense(6 * self.width, zero=True, dtype=self.dtype, name="film")(c)
         adaptive = constrain(adaptive, "batch", None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
         h = modulate(plain_norm(x), shift_a, scale_a)
-        h = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="attention")(h)
+        h = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="attention")(h, angles=angles)
         x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "tokens", None)
         if tokens is not None:
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
@@ -78,7 +79,8 @@ class DiT(nn.Module):
     The output starts at zero.
     Args of a call: x: [B, H, W, C].   t: scalar or [B].   train: use dropout.
     Returns: [B, H, W, out_channels or C], at least float32.
-    Raises: ValueError: H or W not divisible by patch; width by heads or 4; shapes or conditions that do not fit.
+    Raises: ValueError: H or W not divisible by patch; width by heads or 4; a grid that `positions` refuses; shapes or
+        conditions that do not fit.
 
     Example:
         >>> net = DiT(width=8, depth=1, heads=2)
@@ -100,6 +102,8 @@ class DiT(nn.Module):
     image_channels: int = 0
     out_channels: int | None = None  # default those of x
     qk_norm: bool = False
+    positions: Table | None = grid_positions  # added to the patches, see `positions`
+    rope: Rope | None = None
     frequencies: Frequencies = UNIT
     sinusoids: int | None = None  # of the time code; default as `width`
     act: Callable[[Any], Any] = nn.gelu
@@ -139,7 +143,9 @@ class DiT(nn.Module):
         if condition.image is not None:
             z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
-        z = z + jnp.asarray(grid_positions(h // p, w // p, self.width), self.dtype)[None]
+        if self.positions is not None:
+            z = z + jnp.asarray(self.positions(h // p, w // p, self.width), self.dtype)[None]
+        angles = None if self.rope is None else jnp.asarray(self.rope(h // p, w // p, self.width // self.heads))
         z = constrain(z, "batch", "tokens", None)
         fields = dict(
             width=self.width,
@@ -151,7 +157,7 @@ class DiT(nn.Module):
             train=train,
             dtype=self.dtype,
         )
-        args = (c, condition.tokens, condition.mask)
+        args = (c, condition.tokens, condition.mask, angles)
         z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
         film = constrain(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", None)
         shift, scale = jnp.split(film, 2, axis=-1)

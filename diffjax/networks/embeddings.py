@@ -86,10 +86,23 @@ def grid_positions(height: int, width: int, size: int, max_period: float = 10000
 
     Reference: Peebles & Xie 2022, arXiv:2212.09748, section 3.2.
     """
+    return sincos_features(*np.mgrid[:height, :width].astype(np.float64), size, max_period)
+
+
+def sincos_features(row: Any, column: Any, size: int, max_period: float = 10000.0) -> np.ndarray:
+    """Sines and cosines of both coordinates.   [sin(w_i r), cos(w_i r), sin(w_i c), cos(w_i c)],  w_i = period^(-4 i / size)
+
+    Args: row, column: of n places, any shape.   size: a multiple of 4.   Returns: [n, size] float32.
+    Raises: ValueError: size not a multiple of 4.
+
+    Example:
+        >>> sincos_features(np.zeros(2), np.zeros(2), 4).tolist()
+        [[0.0, 1.0, 0.0, 1.0], [0.0, 1.0, 0.0, 1.0]]
+    """
     if size % 4:
         raise ValueError(f"the width of a network with 2-D positions must be a multiple of 4; got {size}")
     w = max_period ** (-np.arange(size // 4) / (size // 4))
-    row, column = (axis.reshape(-1, 1) * w for axis in np.mgrid[:height, :width].astype(np.float64))
+    row, column = (axis.reshape(-1, 1) * w for axis in (row, column))
     return np.concatenate([np.sin(row), np.cos(row), np.sin(column), np.cos(column)], axis=1).astype(np.float32)
 
 

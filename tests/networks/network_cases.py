@@ -47,6 +47,25 @@ NETS = {
     "mlp": (nw.MLP(width=8, depth=2, heads=2, **FIELDS), (5,)),
     "unet": (nw.UNet(widths=(8, 16), head_size=4, code=8, image_channels=1, **FIELDS), (4, 6, 2)),
     "dit": (nw.DiT(width=8, depth=2, heads=2, expand=2, image_channels=1, qk_norm=True, **FIELDS), (4, 6, 2)),
+    "uvit": (
+        nw.UViT(width=8, depth=3, heads=2, expand=2, token_length=6, positions=nw.Learned(2, 3), **FIELDS),
+        (4, 6, 2),
+    ),
+    "mmdit": (
+        nw.MMDiT(
+            width=8,
+            depth=1,
+            heads=2,
+            expand=2,
+            alone=1,
+            single=1,
+            qk_norm=True,
+            rope=nw.Rope(),
+            image_channels=1,
+            **FIELDS,
+        ),
+        (4, 6, 2),
+    ),
     "edm2": (
         nw.EDM2UNet(
             widths=(8, 16), blocks=1, attention=(1,), head_size=4, num_classes=3, vector_size=2, image_channels=1
