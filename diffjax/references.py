@@ -160,6 +160,8 @@ PAPERS: dict[str, Paper] = {
                               "Decentralized Diffusion Models"),
     "arXiv:2510.03434": Paper("Jiang, Zhiying and Seraj, Raihan and Villagra, Marcos and Roy, Bidhan", 2025,
                               "Paris: A Decentralized Trained Open-Weight Diffusion Model"),
+    "arXiv:2209.12152": Paper("Bao, Fan and Nie, Shen and Xue, Kaiwen and Cao, Yue and Li, Chongxuan and Su, Hang and Zhu, Jun", 2023,
+                              "All are Worth Words: A ViT Backbone for Diffusion Models"),
 }  # fmt: skip
 
 

@@ -170,7 +170,8 @@ class DiT(nn.Module):
 # width, depth, heads: Table 1 of arXiv:2212.09748; arXiv:2401.08740 (SiT) has the same four networks
 SIZES = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "xl": (1152, 28, 16)}
 PRESETS = {
-    f"dit-{name}{patches}": (DiT, dict(width=w, depth=d, heads=h, patch=patch, sinusoids=256))
+    f"{family}-{name}{patches}": (DiT, dict(width=w, depth=d, heads=h, patch=patch, sinusoids=256))
+    for family in ("dit", "sit")
     for name, (w, d, h) in SIZES.items()
     for patches, patch in (("", 2), ("/2", 2), ("/4", 4), ("/8", 8))
 }

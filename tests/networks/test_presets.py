@@ -93,6 +93,80 @@ def test_every_unet_preset_is_counted():
     assert set(UNETS) == {name for name, (make, _) in nw.PRESETS.items() if make is nw.UNet}
 
 
+# Millions of parameters: arXiv:2209.12152, Table 1; shapes and classes of its released configurations.
+UVIT = {
+    "uvit-s/2": (44, (32, 32, 3), 0, 0),
+    "uvit-s-deep/2": (58, (32, 32, 4), 0, 768),
+    "uvit-m/4": (131, (64, 64, 3), 1000, 0),
+    "uvit-l/2": (287, (32, 32, 4), 1000, 0),
+    "uvit-h/2": (501, (32, 32, 4), 1000, 0),
+}
+
+
+def shapes(name, shape, **fields):
+    net = nw.preset(name, **fields)
+    sizes = {"tokens": (1, 77, net.token_size), "vector": (1, net.vector_size)}
+    cond = {k: jnp.zeros(s) for k, s in sizes.items() if s[-1]}
+    cond |= {"label": jnp.zeros(1, jnp.int32)} if net.num_classes else {}
+    args = jnp.zeros((1, *shape)), jnp.zeros(1), cond
+    return net, jax.eval_shape(net.init, jax.random.key(0), *args)["params"], args
+
+
+@pytest.mark.parametrize("name", list(UVIT))
+def test_uvit_parameters_are_those_published(name):
+    millions, shape, num_classes, token_size = UVIT[name]
+    _, params, _ = shapes(name, shape, num_classes=num_classes, token_size=token_size)
+    assert round(nw.parameter_count(params) / 1e6) == millions
+
+
+def test_uvit_s_2_to_the_last_parameter_and_operation():
+    """By hand: 13 blocks without bias of q, k, v; 6 joins; 257 learned positions; the end. Multiply-adds of matrices alone."""
+    d, n = 512, 257
+    block = 3 * d * d + d * d + d + 8 * d * d + 5 * d + 4 * d
+    rest = 6 * (2 * d * d + d) + 12 * d + d + n * d + 2 * d + 12 * d + 12 + 84
+    net, params, args = shapes("uvit-s/2", (32, 32, 3))
+    assert nw.parameter_count(params) == 13 * block + rest == 44_255_328
+    work = flops.count(lambda p, x, t, c: net.apply({"params": p}, x, t, c), params, *args)
+    tokens = n * (13 * (12 * d * d + 2 * n * d) + 6 * 2 * d * d)
+    assert abs((work.matmul + work.conv) / 2 - tokens - 2 * 256 * 12 * d - 32 * 32 * 81) < 0.001 * tokens
+
+
+# To the last parameter: of the released networks, whose table of positions is fixed and no parameter. FLUX.1-dev:
+# 11,901,408,320 and stable-diffusion-3-medium: 2,028,328,000 are the sizes of their files; 3.5 and schnell by hand.
+RELEASED = {
+    "sd3-medium": (16, 2_028_328_000),
+    "sd3.5-medium": (16, 2_243_171_520),
+    "sd3.5-large": (16, 8_056_627_520),
+    "flux-dev": (16, 11_901_408_320),
+    "flux-schnell": (16, 11_901_408_320 - 256 * 3072 - 3072 - 3072 * 3072 - 3072),  # no code of a guidance weight
+}
+
+
+@pytest.mark.parametrize("name", list(RELEASED))
+def test_mmdit_parameters_are_those_released(name):
+    channels, want = RELEASED[name]
+    assert nw.parameter_count(shapes(name, (32, 32, channels), scan_layers=True)[1]) == want
+
+
+@pytest.mark.parametrize("d", [15, 18, 21, 30, 38])
+def test_mmdit_by_depth_by_hand(d):
+    """Width 64 d. All blocks but the last have two streams of 18 w^2 + 15 w; its text has a norm, q, k and v."""
+    w = 64 * d
+    block, text = 18 * w * w + 15 * w, 5 * w * w + 5 * w
+    code = 256 * w + w + w * w + w + 2048 * w + w + w * w + w
+    ends = 64 * w + w + 4096 * w + w + 2 * w * w + 2 * w + 64 * w + 64
+    n = nw.parameter_count(shapes(f"mmdit-{d}", (32, 32, 16), scan_layers=True)[1])
+    assert n == (2 * d - 1) * block + text + code + ends
+    if d == 38:
+        assert round(n / 1e9) == 8  # arXiv:2403.03206: 8 billion
+
+
+def test_sit_has_the_networks_of_dit():
+    """arXiv:2401.08740, Table 1: 33, 130, 458 and 675 million."""
+    for size in ("s", "b", "l", "xl"):
+        assert nw.preset(f"sit-{size}/2") == nw.preset(f"dit-{size}/2")
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown network 'dit-xll'.*Did you mean dit-xl"):
         nw.preset("dit-xll")
