@@ -21,6 +21,7 @@ from diffjax.networks.conditions import Condition, null_condition, read_conditio
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
+from diffjax.networks.entropy import attention_entropy, entropy_scaling
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.magnitude import (
@@ -74,9 +75,11 @@ __all__ = [
     "TimeCode",
     "UNet",
     "UViT",
+    "attention_entropy",
     "canonical",
     "constrain",
     "double",
+    "entropy_scaling",
     "fir_double",
     "fir_halve",
     "fourier",
