@@ -4,7 +4,7 @@ The path x_t = (1 - t) x0 + t eps is trained on its velocity eps - x0, with t dr
 of three laws are compared with the published distribution functions (Kolmogorov and Smirnov's test); the shift of times for
 a larger picture, t' = k t / (1 + (k - 1) t) with k = sqrt(m / n), is the process with its noise times k.
 
-Digits: a logit-normal law against the uniform one, of the same networks, seeds and steps, by the MMD of pixels.
+Digits: a logit-normal law against the uniform one, of the same networks, seeds and steps, by the MMD of pixels, four seeds.
 
 Captions: two pictures of 4 x 4 pixels side by side, each of a shape and a colour, and a caption of six words in any order
 of sides ("right blue cross left red bar"). The two streams (MM-DiT) are compared with one stream that reads the words
@@ -21,9 +21,9 @@ import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-import diffjax
-from diffjax import data, losses, metrics, networks, processes, solvers, times, training
+from diffjax import data, losses, metrics, networks, processes, solvers, times
 from diffjax.times import laws
+from experiments.networks.flow import PROCESS, denoiser, sample, train
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
@@ -35,13 +35,12 @@ RECIPE = Recipe(
         "least_ks_p": at_least(0.01),
         "shift_error": at_most(1e-5),
         "uniform_over_logit_normal_mmd": at_least(1.0),
-        "joint_accuracy": at_least(0.9),
-        "joint_minus_cross_accuracy": at_least(0.02),
+        "joint_accuracy": at_least(0.7),
+        "joint_minus_cross_accuracy": at_least(0.1),
         "correlation_of_loss_and_error": at_least(0.8),
     },
     minutes=3,
 )
-PROCESS = processes.rectified()
 COLOURS = np.array([[1, -1, -1], [-1, 1, -1], [-1, -1, 1], [1, 1, -1]], np.float32)
 SHAPES = np.array([
     ["####", "#..#", "#..#", "####"],
@@ -83,57 +82,29 @@ def shift_error():
     return worst
 
 
-# -------------------------------------------------------------------------------------------------------- training
-
-
-def train(net, law, draw, example, steps, rate=2e-3):
-    """`seed -> (parameters, denoiser)`: the flow of a network on batches `draw(key)`, of times from a law."""
-    f = networks.from_linen(net)
-    model = lambda params: diffjax.denoiser(f, PROCESS, diffjax.from_velocity, params)
-    optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=steps // 10), clip=1.0)
-    loss = losses.flow_matching(law, label_drop=0.0)
-    step = training.make_train_step(model, loss, optimizer, condition=lambda batch: batch["cond"])
-
-    @jax.jit
-    def run(state, key):
-        advance = lambda s, i: (step(s, draw(jax.random.fold_in(key, i)))[0], None)
-        return jax.lax.scan(advance, state, jnp.arange(steps))[0]
-
-    def start(seed):
-        params = f.init(
-            jax.random.key(seed), example["x"][:1], jnp.zeros(1), jax.tree.map(lambda a: a[:1], example["cond"])
-        )
-        params = run(training.init_state(params, optimizer, seed), jax.random.key(100 + seed)).params
-        return params, model(params)
-
-    return start
-
-
-@jax.jit
-def sample(denoiser, cond, x, solver):
-    return diffjax.sample(jax.random.key(3), denoiser.bind(cond), solver, x)
+# ------------------------------------------------------------------------------------------------------- training
 
 
 def law_scores(full):
     """MMD of digits by networks trained with uniform and with logit-normal times, the mean over seeds."""
-    steps, batch, n, seeds = (400, 64, 1000, 3) if full else (2, 8, 20, 1)
+    steps, batch, n, seeds = (1000, 64, 1000, 4) if full else (2, 8, 20, 1)
     digits = data.load("digits")
     known = {k: jnp.asarray(v) for k, v in digits.read("train").items() if k in ("x", "label")}
 
     def draw(key):
         rows = jax.random.randint(key, (batch,), 0, len(known["x"]))
-        return {"x": known["x"][rows], "cond": known["label"][rows].astype(jnp.int32)}
+        return {"x": known["x"][rows].reshape(batch, -1), "cond": known["label"][rows].astype(jnp.int32)}
 
-    net = networks.DiT(width=48 if full else 8, depth=3, heads=4, num_classes=10, scan_layers=True)
+    net = networks.MLP(width=128 if full else 8, depth=3, num_classes=10)
     real = digits.read("test")["x"]
     score = jax.jit(metrics.mmd_to(real.reshape(len(real), -1)))
     label, solver = jnp.arange(n) % 10, solvers.heun(PROCESS, times.uniform(10 if full else 2))
-    x = PROCESS.prior(jax.random.key(2), (n, *digits.shape))
+    x = PROCESS.prior(jax.random.key(2), (n, real[0].size))
     out = {}
     for name, law in {"uniform": laws.uniform(), "logit_normal": laws.logit_normal()}.items():
-        fit = train(net, law, draw, draw(jax.random.key(0)), steps)
-        drawn = [sample(fit(seed)[1], label, x, solver) for seed in range(seeds)]
-        out[name] = [float(score(a.reshape(n, -1))) for a in drawn]
+        fit = train(net, law, draw, steps)
+        drawn = [sample(denoiser(networks.from_linen(net), fit(seed)), label, x, solver) for seed in range(seeds)]
+        out[name] = [float(score(a)) for a in drawn]
     return out
 
 
@@ -174,12 +145,13 @@ def caption_scores(net, full, steps, seeds):
     n = 512 if full else 16
     draw = functools.partial(captioned, n=64 if full else 8)
     held = captioned(jax.random.key(7), n)
-    fit = train(net, laws.logit_normal(), lambda key: {k: v for k, v in draw(key).items() if k != "kinds"}, held, steps)
+    fit = train(net, laws.logit_normal(), lambda key: {k: v for k, v in draw(key).items() if k != "kinds"}, steps)
     solver = solvers.heun(PROCESS, times.uniform(10 if full else 2))
     validate = jax.jit(lambda d: losses.flow_matching(label_drop=0.0)(jax.random.key(8), d, held["x"], held["cond"])[0])
     right, loss = [], []
     for seed in range(seeds):
-        params, model = fit(seed)
+        params = fit(seed)
+        model = denoiser(networks.from_linen(net), params)
         x = sample(model, held["cond"], PROCESS.prior(jax.random.key(2), held["x"].shape), solver)
         right.append(accuracy(x, held["kinds"]))
         loss.append(float(validate(model).mean()))
@@ -188,13 +160,13 @@ def caption_scores(net, full, steps, seeds):
 
 def run(preset):
     full = preset == "full"
-    steps, seeds = (600, 2) if full else (2, 1)
+    steps, seeds = (500, 2) if full else (2, 1)
     word = WORDS + LENGTH
     fields = dict(depth=3, heads=4, token_size=word, scan_layers=True)
     cross = networks.DiT(width=64 if full else 8, **fields)
     joint = {w: networks.MMDiT(width=w, sinusoids=64, qk_norm=True, **fields) for w in ((16, 28, 48) if full else (8,))}
     law = law_scores(full)
-    found = {w: caption_scores(net, full, steps, seeds) for w, net in joint.items()}
+    found = {w: caption_scores(net, full, steps, seeds if w == max(joint) else 1) for w, net in joint.items()}
     other = caption_scores(cross, full, steps, seeds)
     best = found[max(found)]
     loss, error = (np.array([v for f in found.values() for v in g(f)]) for g in (lambda f: f[1], lambda f: 1 - f[0]))
