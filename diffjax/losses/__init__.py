@@ -1,5 +1,6 @@
 """Losses `(key, denoiser, x0, cond, items=None) -> ([B], aux)`, never reduced, and couplings of noise and data."""
 
+from diffjax.losses.balance import balance, expert_load, routers
 from diffjax.losses.checks import check_batch, check_labels
 from diffjax.losses.condition import ConditionNoise, condition_noise
 from diffjax.losses.coupling import exact, independent, k_nearest_noise, minibatch_assignment, sinkhorn
@@ -44,8 +45,8 @@ COUPLINGS: dict[str, Card] = {
 
 __all__ = [
     "CATALOGUE", "COUPLINGS", "ByNoiseLevel", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "Uncertainty",
-    "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound",
-    "error_scale", "exact", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
-    "minibatch_assignment", "noise_prediction", "router_loss", "score_matching", "sinkhorn", "uncertainty",
+    "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound",
+    "error_scale", "exact", "expert_load", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
+    "minibatch_assignment", "noise_prediction", "router_loss", "routers", "score_matching", "sinkhorn", "uncertainty",
     "v_prediction", "variational_bound",
 ]  # fmt: skip

@@ -54,6 +54,7 @@ class DenoisingLoss:
     coupling: Callable[..., PyTree] = static(default=independent)
     log_variance: Callable[[Any], Any] | None = static(default=None)
     condition: Any = None
+    penalty: Any = None
 
     def __call__(
         self, key: Key, denoiser: Denoiser, x0: PyTree, cond: Cond = None, items: Any = None
@@ -82,6 +83,10 @@ class DenoisingLoss:
             u = self.log_variance(e.aux).reshape(mse.shape).astype(mse.dtype)
             aux |= {"weighted": loss, "log_variance": u}
             loss = loss * jnp.exp(-u) + u
+        if self.penalty is not None:
+            extra = jnp.broadcast_to(jnp.asarray(self.penalty(e.aux, t), mse.dtype), mse.shape)
+            aux |= {"penalty": extra}
+            loss = loss + extra
         return loss, aux
 
 
@@ -94,6 +99,7 @@ def denoising_loss(
     coupling: Callable[..., PyTree] = independent,
     log_variance: Callable[[Any], Any] | None = None,
     condition: Any = None,
+    penalty: Any = None,
 ) -> DenoisingLoss:
     """Regression on the clean data, the noise, or any blend of them.   w(t) mean |space(x0, eps) - space(prediction)|^2
 
@@ -105,6 +111,7 @@ def denoising_loss(
     how often an item's whole condition becomes `denoiser.null`; nothing is dropped where the condition is None.
     coupling: `(key, x0, items) -> eps`.   log_variance: reads `u` [B] from the network's aux, and the loss becomes
     `loss / exp(u) + u`.   condition: `(key, cond, t, items) -> cond`, e.g. `condition_noise(beta)`; comes before dropping.
+    penalty: `(aux of the network, t [B]) -> [] or [B]`, added to the loss and returned as aux `penalty`, e.g. `balance(2)`.
     Returns: `loss(key, denoiser, x0, cond, items=None) -> ([B], aux)` with aux `t`, `mse` (unweighted, in `space`),
     `log_snr`; the mean over all axes but the first, and over all leaves of a pytree state.
     Raises: ValueError: label_drop outside [0, 1]; at the call, a condition to drop without `denoiser.null`, an empty
@@ -123,7 +130,8 @@ def denoising_loss(
     times = laws.uniform() if times is None else as_tree(times)
     weight = None if weight is None else as_tree(weight)
     condition = None if condition is None else as_tree(condition)
-    return DenoisingLoss(times, weight, space, float(label_drop), coupling, log_variance, condition)
+    penalty = None if penalty is None else as_tree(penalty)
+    return DenoisingLoss(times, weight, space, float(label_drop), coupling, log_variance, condition, penalty)
 
 
 def flow_matching(times: Any = None, **options: Any) -> DenoisingLoss:

@@ -22,6 +22,7 @@ from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
 from diffjax.networks.entropy import attention_entropy, entropy_scaling
+from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.magnitude import (
@@ -71,6 +72,7 @@ __all__ = [
     "ResBlock",
     "Rope",
     "Sincos",
+    "SparseMLP",
     "Tap",
     "TimeCode",
     "UNet",
@@ -107,6 +109,7 @@ __all__ = [
     "rotate",
     "sinusoids",
     "slices",
+    "sparse",
     "stack_blocks",
     "tap_names",
     "tapped",
@@ -124,6 +127,7 @@ CATALOGUE: dict[str, Card] = {
     "edm2_mlp": Card(EDM2MLP, paper="arXiv:2312.02696", summary="magnitude-preserving MLP", flags=("vector",)),
     "uvit": Card(UViT, paper="arXiv:2209.12152#3", summary="all inputs as tokens, long skips", flags=("image",)),
     "mmdit": Card(MMDiT, paper="arXiv:2403.03206#4", summary="two streams, one joint attention", flags=("image",)),
+    "dit_moe": Card(DiT, paper="arXiv:2407.11633", summary="DiT with feed_forward=sparse(...)", flags=("image",)),
 }
 
 

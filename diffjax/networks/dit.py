@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
+from diffjax.networks.feed_forward import mlp, ragged, sparse
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat
-from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, Rules, constrain
+from diffjax.networks.partition import ATTENTION, BLOCK, CODE, EXPERTS, FILM, Rules, constrain
 from diffjax.networks.positions import Rope, Table
 from diffjax.networks.taps import Tap
 
@@ -38,7 +39,7 @@ def unpatches(x: Any, p: int, h: int, w: int) -> jax.Array:
 
 
 class DiTBlock(nn.Module):
-    """Attention, attention to tokens, MLP, each gated from zero.   x + gate * f(norm(x) (1 + scale) + shift)"""
+    """Attention, attention to tokens, feed-forward, each gated from zero.   x + gate * f(norm(x) (1 + scale) + shift)"""
 
     width: int
     heads: int
@@ -48,6 +49,7 @@ class DiTBlock(nn.Module):
     dropout: float
     train: bool
     dtype: Any
+    feed_forward: Callable[..., Any] = mlp
 
     @nn.compact
     def __call__(self, x: Any, layer: Any, c: Any, tokens: Any, mask: Any, angles: Any) -> tuple[Any, None]:
@@ -63,10 +65,8 @@ class DiTBlock(nn.Module):
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
             x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "tokens", None)
         h = modulate(plain_norm(x), shift_m, scale_m)
-        h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h)
-        h = self.act(constrain(h, "batch", "tokens", "wide"))
-        h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
-        h = Dense(self.width, dtype=self.dtype, name="out")(h)
+        fields = dict(expand=self.expand, act=self.act, dropout=self.dropout, train=self.train, dtype=self.dtype)
+        h = self.feed_forward(h, **fields)
         x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "tokens", None)
         return Tap(name="block")(x), None
 
@@ -75,8 +75,8 @@ class DiT(nn.Module):
     """A diffusion transformer with adaLN-zero, for images of sizes divisible by `patch`.   [B, H, W, C] -> [B, H, W, C]
 
     Conditions: label and vector by adaLN, tokens by cross-attention, image by channels (see `conditions`). Taps:
-    `block_i/{attended,mixed,block}` (`blocks/...` if scanned), `.../attention/{q,k,v,logits,weights}`, `.../cross/...`.
-    The output starts at zero.
+    `block_i/{attended,mixed,block}` (`blocks/...` if scanned), `.../attention/{q,k,v,logits,weights}`, `.../cross/...`;
+    with `feed_forward=sparse(...)` also `.../experts/probabilities`. The output starts at zero.
     Args of a call: x: [B, H, W, C].   t: scalar or [B].   train: use dropout.
     Returns: [B, H, W, out_channels or C], at least float32.
     Raises: ValueError: H or W not divisible by patch; width by heads or 4; a grid that `positions` refuses; shapes or
@@ -107,11 +107,12 @@ class DiT(nn.Module):
     frequencies: Frequencies = UNIT
     sinusoids: int | None = None  # of the time code; default as `width`
     act: Callable[[Any], Any] = nn.gelu
+    feed_forward: Callable[..., Any] = mlp  # or `sparse(...)`, see `diffjax.networks.feed_forward`
     dropout: float = 0.0
     scan_layers: bool = False
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
-    RULES: ClassVar[Rules] = (*ATTENTION, *BLOCK, *FILM, *CODE)  # along the mesh axis `model`
+    RULES: ClassVar[Rules] = (*ATTENTION, *BLOCK, *EXPERTS, *FILM, *CODE)  # along the mesh axis `model`
 
     @nn.compact
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
@@ -156,6 +157,7 @@ class DiT(nn.Module):
             dropout=self.dropout,
             train=train,
             dtype=self.dtype,
+            feed_forward=self.feed_forward,
         )
         args = (c, condition.tokens, condition.mask, angles)
         z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
@@ -174,4 +176,20 @@ PRESETS = {
     for family in ("dit", "sit")
     for name, (w, d, h) in SIZES.items()
     for patches, patch in (("", 2), ("/2", 2), ("/4", 4), ("/8", 8))
+}
+
+# The sizes of arXiv:2407.11633 and its released code: experts have the width of the DiT's MLP, the shared part is one MLP
+# of width 2 d. Named by routed and activated experts.
+PRESETS |= {
+    f"dit-moe-{name}/2-{e}e2a": (
+        DiT,
+        dict(width=w, depth=d, heads=h, sinusoids=256, act=nn.silu, feed_forward=sparse(e, 2, 2, ragged)),
+    )
+    for name, (w, d, h), e in (
+        ("s", SIZES["s"], 8),
+        ("s", SIZES["s"], 16),
+        ("b", SIZES["b"], 8),
+        ("xl", SIZES["xl"], 8),
+        ("g", (1408, 40, 16), 16),
+    )
 }

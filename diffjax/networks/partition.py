@@ -13,7 +13,13 @@ import jax
 from jax.sharding import AxisType, PartitionSpec
 
 # name of an axis of an activation -> the mesh axes along which it is cut
-MEANING = {"batch": ("data", "fsdp"), "tokens": ("sequence",), "heads": ("model",), "wide": ("model",)}
+MEANING = {
+    "batch": ("data", "fsdp"),
+    "tokens": ("sequence",),
+    "heads": ("model",),
+    "wide": ("model",),
+    "experts": ("model",),
+}
 Rules = tuple[tuple[str, PartitionSpec], ...]
 
 COLUMN, ROW = PartitionSpec("model"), PartitionSpec("model", None)  # of the last axis; of the last but one
@@ -27,6 +33,11 @@ CODE: Rules = ((r"code/time/hidden/(kernel|bias)$", COLUMN), (r"code/time/out/ke
 FILM: Rules = ((r"film/(kernel|bias)$", COLUMN),)  # the modulation itself is small, and gathered
 BLOCK: Rules = ((r"block(s|_\d+)/hidden/(kernel|bias)$", COLUMN), (r"block(s|_\d+)/out/kernel$", ROW))
 GATE: Rules = ((r"block(s|_\d+)/gate/(kernel|bias)$", COLUMN),)  # multiplied with what `hidden` of BLOCK gives
+EXPERTS: Rules = (  # whole experts on each device
+    (r"experts/(gate|up|down)/kernel$", PartitionSpec("model", None, None)),
+    (r"experts/shared_(gate|up)/kernel$", COLUMN),
+    (r"experts/shared_down/kernel$", ROW),
+)
 RESIDUAL: Rules = (
     (r"conv_in/(kernel|bias)$", COLUMN),
     (r"_\d+/norm_out/(scale|bias)$", COLUMN),

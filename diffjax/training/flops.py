@@ -221,6 +221,8 @@ def _of_equation(eqn: core.JaxprEqn, trips: int | None) -> Flops:
         ((contracted, _), _) = params["dimension_numbers"]
         k = math.prod(eqn.invars[0].aval.shape[i] for i in contracted)
         return Flops(matmul=2 * k * math.prod(eqn.outvars[0].aval.shape))
+    if name == "ragged_dot_general":
+        return Flops(matmul=_ragged(eqn))
     if name == "conv_general_dilated":
         return Flops(conv=_convolution(eqn))
     if name in FREE or name.startswith("random_"):
@@ -232,6 +234,15 @@ def _of_equation(eqn: core.JaxprEqn, trips: int | None) -> Flops:
 def _floats(aval: Any) -> int:
     """How many floating-point values an array has."""
     return math.prod(aval.shape) if jnp.issubdtype(getattr(aval, "dtype", np.int32), jnp.inexact) else 0
+
+
+def _ragged(eqn: core.JaxprEqn) -> int:
+    """Products of groups of rows, each row with the kernel of its group alone."""
+    numbers = eqn.params["ragged_dot_dimension_numbers"]
+    (_, contracted), (_, batch) = numbers.dot_dimension_numbers
+    used = (*contracted, *batch, *numbers.rhs_group_dimensions)
+    lhs, rhs = (v.aval.shape for v in eqn.invars[:2])
+    return 2 * math.prod(lhs) * math.prod(n for i, n in enumerate(rhs) if i not in used)
 
 
 def _convolution(eqn: core.JaxprEqn) -> int:

@@ -73,6 +73,10 @@ NETS = {
         (4, 6, 2),
     ),
     "edm2_mlp": (nw.EDM2MLP(width=8, depth=2, num_classes=3, vector_size=2), (5,)),
+    "dit_moe": (
+        nw.DiT(width=8, depth=1, heads=2, expand=2, num_classes=3, feed_forward=nw.sparse(4, 2, 1)),
+        (4, 6, 2),
+    ),
 }
 FULL = ("mlp", "unet", "dit")  # tested in more detail, as they take all kinds
 
