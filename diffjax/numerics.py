@@ -191,6 +191,20 @@ def tree_where(flag: Any, on: PyTree, off: PyTree) -> PyTree:
     return jax.tree.map(lambda a, b: jnp.where(expand(flag, a), a, b), on, off)
 
 
+def sliding_window(t: Any, units: int, size: int, alpha: float = 1.0) -> jax.Array:
+    """A window of units that slides from the first ones at t = 0 to the last ones at t = 1.   [B] -> bool [B, units]
+
+    True on `size` units from round(t^alpha (units - size)) on.
+
+    Example:
+        >>> sliding_window(jnp.array([0.0, 0.5, 1.0]), 4, 2).astype(int).tolist()
+        [[1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    """
+    start = jnp.round(jnp.clip(t, 0, 1) ** alpha * (units - size))[..., None]
+    unit = jnp.arange(units, dtype=start.dtype).reshape((1,) * (start.ndim - 1) + (-1,))
+    return (unit >= start) & (unit < start + size)
+
+
 def derivative(f: Callable[[Any], Any], t: Any) -> Any:
     """`df/dt` elementwise by forward mode; for elementwise `f`."""
     t = as_float(t)

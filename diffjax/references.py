@@ -162,6 +162,10 @@ PAPERS: dict[str, Paper] = {
                               "Paris: A Decentralized Trained Open-Weight Diffusion Model"),
     "arXiv:2209.12152": Paper("Bao, Fan and Nie, Shen and Xue, Kaiwen and Cao, Yue and Li, Chongxuan and Su, Hang and Zhu, Jun", 2023,
                               "All are Worth Words: A ViT Backbone for Diffusion Models"),
+    "arXiv:2407.11633": Paper("Fei, Zhengcong and Fan, Mingyuan and Yu, Changqian and Li, Debang and Huang, Junshi", 2024,
+                              "Scaling Diffusion Transformers to 16 Billion Parameters"),
+    "arXiv:2403.09176": Paper("Park, Byeongjun and Go, Hyojun and Kim, Jin-Young and Woo, Sangmin and Ham, Seokil and Kim, Changick",
+                              2024, "Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts"),
 }  # fmt: skip
 
 

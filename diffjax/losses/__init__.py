@@ -1,6 +1,6 @@
 """Losses `(key, denoiser, x0, cond, items=None) -> ([B], aux)`, never reduced, and couplings of noise and data."""
 
-from diffjax.losses.balance import balance, expert_load, routers
+from diffjax.losses.balance import balance, expert_load, routers, task_prior
 from diffjax.losses.checks import check_batch, check_labels
 from diffjax.losses.condition import ConditionNoise, condition_noise
 from diffjax.losses.coupling import exact, independent, k_nearest_noise, minibatch_assignment, sinkhorn
@@ -47,6 +47,6 @@ __all__ = [
     "CATALOGUE", "COUPLINGS", "ByNoiseLevel", "ConditionNoise", "GaussianDecoder", "LevelDecoder", "Uncertainty",
     "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound",
     "error_scale", "exact", "expert_load", "flow_matching", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux",
-    "minibatch_assignment", "noise_prediction", "router_loss", "routers", "score_matching", "sinkhorn", "uncertainty",
+    "minibatch_assignment", "noise_prediction", "router_loss", "routers", "score_matching", "sinkhorn", "task_prior", "uncertainty",
     "v_prediction", "variational_bound",
 ]  # fmt: skip

@@ -12,11 +12,14 @@ It works as taps do: in loops and scans of layers, rematerialised, jitted.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from diffjax import numerics as nu
+from diffjax.losses.coupling import exact
 from diffjax.numerics import pytree_dataclass, static
 
 
@@ -98,3 +101,69 @@ def balance(top: int, weight: Any = 0.01, *, name: str = "probabilities") -> Bal
     if top < 1:
         raise ValueError(f"top is how many experts each token visits, at least 1; got {top}")
     return Balance(weight, int(top), name)
+
+
+@pytree_dataclass
+class TaskPrior:
+    """See `task_prior`; the numbers are leaves."""
+
+    weight: Any
+    alpha: Any
+    top: int = static()
+    solve: Callable[[Any], Any] = static()
+    name: str = static()
+
+    def __call__(self, aux: Any, t: Any) -> jax.Array:
+        """The penalty of each item, [B]."""
+        layers = routers(aux, self.name)
+        p = jnp.concatenate([jnp.asarray(g) for g in layers], axis=-1)  # [B, layers M]
+        units, size = p.shape[-1], self.top * len(layers)
+        prior = nu.sliding_window(t, units, size, self.alpha).astype(p.dtype)
+        p = p / len(layers)
+        q = prior[:, self.match(layers, prior)] / size
+        return self.weight * divergence(p, q)
+
+    def match(self, layers: list[Any], prior: jax.Array) -> jax.Array:
+        """The column of the prior that belongs to each gate, [layers M]; what is nearest to being used at the same times."""
+        used = [jax.nn.one_hot(jax.lax.top_k(g, self.top)[1], g.shape[-1], dtype=prior.dtype).sum(-2) for g in layers]
+        used, gates = jnp.concatenate(used, axis=-1), jnp.concatenate([jnp.asarray(g) for g in layers], axis=-1)
+        # sum_b |a - m| differs from -2 sum_b a m by terms that no matching changes; the gates decide between equals
+        return self.solve(jax.lax.stop_gradient((used + 1e-3 * gates).T @ prior))
+
+
+def divergence(p: Any, q: Any) -> jax.Array:
+    """The Jensen-Shannon divergence of probabilities, in nats.   KL(p || m) / 2 + KL(q || m) / 2,  m = (p + q) / 2
+
+    Example:
+        >>> divergence(jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])).round(4).tolist()
+        0.6931
+    """
+    kl = jax.scipy.special.rel_entr
+    m = (p + q) / 2
+    return (kl(p, m) + kl(q, m)).sum(-1) / 2
+
+
+def task_prior(
+    top: int, weight: Any = 1.0, alpha: Any = 4.0, *, solve: Callable[[Any], Any] = exact, name: str = "gates"
+) -> TaskPrior:
+    """A penalty that makes similar times share experts, and unlike times not.   weight JSD(gates of all layers, prior)
+
+    The M gates of L layers are L M columns, divided by L so that they sum to one. The prior of a time t in [0, 1] is even on
+    L k columns, a window that slides with t^alpha. Which column belongs to which gate is matched, by the times of the batch
+    at which the gate is among the k largest of its layer: so the prior asks that experts are shared by neighbours in time,
+    not which ones.
+
+    Args: top: k, gates that are used at each time.   weight, alpha: leaves.   solve: permutation of the largest gain,
+    `losses.exact` (SciPy on the host) or `losses.sinkhorn` (on the device).   name: last part of the taps' names.
+    Returns: `(aux, t) -> [B]`, for `denoising_loss(penalty=...)`.
+    Raises: ValueError: top < 1; at the call, an aux without gates.
+    Reference: arXiv:2403.09176, the diffusion prior loss. There the matching is over all timesteps; here over the batch's.
+
+    Example:
+        >>> gates = {"block_0/switch/gates": jnp.array([[1.0, 0.0], [0.0, 1.0]])}
+        >>> task_prior(1)(gates, jnp.array([0.0, 1.0])).tolist()
+        [0.0, 0.0]
+    """
+    if top < 1:
+        raise ValueError(f"top is how many gates are used at each time, at least 1; got {top}")
+    return TaskPrior(weight, alpha, int(top), solve, name)

@@ -43,6 +43,7 @@ from diffjax.networks.positions import Learned, Rope, Sincos, rotate
 from diffjax.networks.presets import PRESETS, preset
 from diffjax.networks.resample import double, fir_double, fir_halve, halve
 from diffjax.networks.taps import Tap, magnitudes, per_layer, tap_names, tapped
+from diffjax.networks.task_routing import Switch, switch, task_routed
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet import UNet
 from diffjax.networks.unet_parts import ResBlock, part
@@ -73,6 +74,7 @@ __all__ = [
     "Rope",
     "Sincos",
     "SparseMLP",
+    "Switch",
     "Tap",
     "TimeCode",
     "UNet",
@@ -111,8 +113,10 @@ __all__ = [
     "slices",
     "sparse",
     "stack_blocks",
+    "switch",
     "tap_names",
     "tapped",
+    "task_routed",
     "transformer",
     "unstack_blocks",
 ]
@@ -128,6 +132,7 @@ CATALOGUE: dict[str, Card] = {
     "uvit": Card(UViT, paper="arXiv:2209.12152#3", summary="all inputs as tokens, long skips", flags=("image",)),
     "mmdit": Card(MMDiT, paper="arXiv:2403.03206#4", summary="two streams, one joint attention", flags=("image",)),
     "dit_moe": Card(DiT, paper="arXiv:2407.11633", summary="DiT with feed_forward=sparse(...)", flags=("image",)),
+    "switch_dit": Card(DiT, paper="arXiv:2403.09176", summary="DiT with route=switch(...)", flags=("image",)),
 }
 
 

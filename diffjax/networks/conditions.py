@@ -184,7 +184,8 @@ def read_state(x: Any, form: str) -> jax.Array:
 class Code(nn.Module):
     """Time, label and vector as one code.   c = act(time(t) + label[l] + W v)
 
-    Args: t: [B, ...] from `read_time`.   condition: from `read_condition`.   Returns: [B, ..., features].
+    Args: t: [B, ...] from `read_time`.   condition: from `read_condition`.   with_time: also return act(time(t)).
+    Returns: [B, ..., features], or two of these.
 
     Example:
         >>> v = jax.eval_shape(Code(8).init, jax.random.key(0), jnp.zeros(3), Condition())
@@ -202,10 +203,10 @@ class Code(nn.Module):
     deep_vector: bool = False  # the vector by Dense(act(Dense(v))), as the time, and not by one linear map
 
     @nn.compact
-    def __call__(self, t: Any, condition: Condition) -> jax.Array:
+    def __call__(self, t: Any, condition: Condition, *, with_time: bool = False) -> Any:
         """The code of time and condition."""
         time = TimeCode(self.features, self.sinusoids, self.frequencies, self.act, self.dtype, name="time")
-        c = time(t)
+        c = alone = time(t)
         items = []
         if self.num_classes:
             items.append(LabelEmbedding(self.num_classes, self.features, self.dtype, name="label")(condition.label))
@@ -216,7 +217,8 @@ class Code(nn.Module):
             items.append(Dense(self.features, bias=self.deep_vector, dtype=self.dtype, name="vector")(v))
         for item in items:
             c = c + item.reshape(item.shape[:1] + (1,) * (c.ndim - 2) + item.shape[1:])
-        return constrain(self.act(c), "batch", ...)
+        c = constrain(self.act(c), "batch", ...)
+        return (c, constrain(self.act(alone), "batch", ...)) if with_time else c
 
 
 def _check_label(label: Any, b: int, num_classes: int) -> None:

@@ -50,11 +50,17 @@ class DiTBlock(nn.Module):
     train: bool
     dtype: Any
     feed_forward: Callable[..., Any] = mlp
+    route: Callable[..., Any] | None = None
 
     @nn.compact
-    def __call__(self, x: Any, layer: Any, c: Any, tokens: Any, mask: Any, angles: Any) -> tuple[Any, None]:
+    def __call__(
+        self, x: Any, layer: Any, c: Any, tokens: Any, mask: Any, angles: Any = None, time: Any = None
+    ) -> tuple[Any, None]:
         """One block; see `layers.repeat` for the form."""
         mark_layer(layer)
+        if self.route is not None:
+            whole, share = x, self.route(x, time, dtype=self.dtype)
+            x = share * x
         adaptive = Dense(6 * self.width, zero=True, dtype=self.dtype, name="film")(c)
         adaptive = constrain(adaptive, "batch", None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
@@ -68,6 +74,8 @@ class DiTBlock(nn.Module):
         fields = dict(expand=self.expand, act=self.act, dropout=self.dropout, train=self.train, dtype=self.dtype)
         h = self.feed_forward(h, **fields)
         x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "tokens", None)
+        if self.route is not None:
+            x = x + (1 - share) * whole
         return Tap(name="block")(x), None
 
 
@@ -76,7 +84,8 @@ class DiT(nn.Module):
 
     Conditions: label and vector by adaLN, tokens by cross-attention, image by channels (see `conditions`). Taps:
     `block_i/{attended,mixed,block}` (`blocks/...` if scanned), `.../attention/{q,k,v,logits,weights}`, `.../cross/...`;
-    with `feed_forward=sparse(...)` also `.../experts/probabilities`. The output starts at zero.
+    also `.../experts/probabilities` with `feed_forward=sparse(...)`, `.../switch/gates` with `route=switch(...)`. The output
+    starts at zero.
     Args of a call: x: [B, H, W, C].   t: scalar or [B].   train: use dropout.
     Returns: [B, H, W, out_channels or C], at least float32.
     Raises: ValueError: H or W not divisible by patch; width by heads or 4; a grid that `positions` refuses; shapes or
@@ -108,6 +117,7 @@ class DiT(nn.Module):
     sinusoids: int | None = None  # of the time code; default as `width`
     act: Callable[[Any], Any] = nn.gelu
     feed_forward: Callable[..., Any] = mlp  # or `sparse(...)`, see `diffjax.networks.feed_forward`
+    route: Callable[..., Any] | None = None  # how much of its input a block sees: `switch(...)`, see `task_routing`
     dropout: float = 0.0
     scan_layers: bool = False
     remat: str = "none"  # see `layers.rematerialised`
@@ -139,7 +149,7 @@ class DiT(nn.Module):
             sinusoids=self.sinusoids,
             name="code",
         )
-        c = code(read_time(t, x), condition)
+        c, time = code(read_time(t, x), condition, with_time=True)
         z = x.astype(self.dtype)
         if condition.image is not None:
             z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
@@ -158,8 +168,9 @@ class DiT(nn.Module):
             train=train,
             dtype=self.dtype,
             feed_forward=self.feed_forward,
+            route=self.route,
         )
-        args = (c, condition.tokens, condition.mask, angles)
+        args = (c, condition.tokens, condition.mask, angles, time if self.route is not None else None)
         z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
         film = constrain(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", None)
         shift, scale = jnp.split(film, 2, axis=-1)

@@ -7,17 +7,16 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks import dit, edm2, mmdit, unet_presets, uvit
+from diffjax.networks import dit, edm2, mmdit, task_routing, unet_presets, uvit
 
 # name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     **dit.PRESETS,
     **edm2.PRESETS,
     **unet_presets.PRESETS,
-    **fields,
-    **given,
     **mmdit.PRESETS,
     **uvit.PRESETS,
+    **task_routing.PRESETS,
 }
 
 

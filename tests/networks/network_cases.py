@@ -66,6 +66,7 @@ NETS = {
         ),
         (4, 6, 2),
     ),
+    "switch_dit": (nw.DiT(width=8, depth=1, heads=2, expand=2, num_classes=3, route=nw.switch(3, 2)), (4, 6, 2)),
     "edm2": (
         nw.EDM2UNet(
             widths=(8, 16), blocks=1, attention=(1,), head_size=4, num_classes=3, vector_size=2, image_channels=1

@@ -1,0 +1,52 @@
+"""What recipes of this family share on the digits: a training with its test loss along the way, in one program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from diffjax import data, losses, training
+
+DIGITS = data.load("digits")
+CLASSES = DIGITS.num_classes
+LOSS = losses.flow_matching(label_drop=0.0)
+EXAMPLE = (jnp.zeros((1, *DIGITS.shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def test_loss(model, params):
+    """The mean flow-matching error on the test digits, always at the same times and with the same noise."""
+    test = DIGITS.read("test")
+    x, label = (jnp.asarray(np.concatenate([test[k]] * 2)) for k in ("x", "label"))
+    return LOSS(jax.random.key(99), model(params), x, label)[1]["mse"].mean()
+
+
+def train(model, loss, starts, *, steps, batch, rate=3e-3, record=1):
+    """One training for each start; averaged parameters, and the test loss after every 1 / `record` of the steps.
+
+    Args: model: params -> denoiser.   starts: parameters, run i draws from seed i alone.
+    Returns: a list of (params, curve [record]).
+    """
+    real = {k: jnp.asarray(v) for k, v in DIGITS.read("train").items() if k != "index"}
+    optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=steps // 10), clip=1.0)
+    emas = {"mean": training.ema.decay(0.99 if steps > 200 else 0.9)}
+    step = training.make_train_step(model, loss, optimizer, emas=emas)
+
+    def one(key, state, _):
+        rows = jax.random.randint(jax.random.fold_in(key, state.step), (batch,), 0, len(real["x"]))
+        return step(state, {k: v[rows] for k, v in real.items()})[0], None
+
+    @jax.jit
+    def run(state, key):
+        def part(state, _):
+            state, _ = jax.lax.scan(functools.partial(one, key), state, None, length=steps // record)
+            return state, test_loss(model, state.ema["mean"])
+
+        return jax.lax.scan(part, state, None, length=record)
+
+    ends = []
+    for seed, start in enumerate(starts):
+        state, curve = run(training.init_state(start, optimizer, seed, emas=emas), jax.random.key(1000 + seed))
+        ends.append((state.ema["mean"], np.asarray(curve)))
+    return ends
