@@ -25,6 +25,11 @@ class FromLinen:
     def __call__(self, params: Any, x: Any, t: Any, cond: Any = None, key: Any = None, *, mutable: Any = False) -> Any:
         """The network's output; dropout is used if and only if a `key` is given: one, or one per item [B]."""
         if key is not None and jnp.ndim(key) == 1:
+            if mutable:
+                raise ValueError(
+                    "taps cannot be read where every item has a dropout key of its own; give one key for the batch, or "
+                    "no dropout: denoiser(..., dropout=False)"
+                )
             return _per_item(lambda *args: self(params, *args), x, t, cond, key)
         options = {"train": key is not None} if _takes(self.module, "train") else {}
         rngs = {} if key is None else {"dropout": key}

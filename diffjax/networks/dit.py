@@ -149,7 +149,9 @@ class DiT(nn.Module):
             sinusoids=self.sinusoids,
             name="code",
         )
-        c, time = code(read_time(t, x), condition, with_time=True)
+        routed = self.route is not None
+        c = code(read_time(t, x), condition, with_time=routed)
+        c, time = c if routed else (c, None)
         z = x.astype(self.dtype)
         if condition.image is not None:
             z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
@@ -170,7 +172,7 @@ class DiT(nn.Module):
             feed_forward=self.feed_forward,
             route=self.route,
         )
-        args = (c, condition.tokens, condition.mask, angles, time if self.route is not None else None)
+        args = (c, condition.tokens, condition.mask, angles, time)
         z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
         film = constrain(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", None)
         shift, scale = jnp.split(film, 2, axis=-1)

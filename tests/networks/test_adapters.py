@@ -162,3 +162,5 @@ def test_tapped_adapter_keeps_the_signature():
     f = nw.tapped(case.fn, read="block_0/block")
     out, taps = f(case.params, case.x, case.t, case.cond, jax.random.key(0))
     np.testing.assert_allclose(out, case.fn(case.params, case.x, case.t, case.cond, jax.random.key(0)), atol=1e-5)
+    with pytest.raises(ValueError, match="taps cannot be read where every item has a dropout key"):
+        f(case.params, case.x, case.t, case.cond, jax.random.split(jax.random.key(0), 3))
