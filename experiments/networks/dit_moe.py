@@ -53,7 +53,7 @@ def all_experts(forms, experts=4, width=16):
 
 def run(preset):
     full = preset == "full"
-    steps, batch, width, depth, seeds, experts = (500, 64, 32, 2, 3, 8) if full else (3, 8, 8, 1, 1, 4)
+    steps, batch, width, depth, seeds, experts = (400, 48, 32, 2, 3, 8) if full else (3, 8, 8, 1, 1, 4)
     dit = lambda **fields: networks.from_linen(
         networks.DiT(width=width, depth=depth, heads=2, num_classes=CLASSES, act=jax.nn.silu, **fields)
     )
@@ -63,7 +63,7 @@ def run(preset):
     tapped = networks.tapped(net, read=routers)
 
     make = lambda fn, aux: lambda p: diffjax.denoiser(fn, processes.rectified(), diffjax.from_velocity, p, aux=aux)
-    balanced = losses.flow_matching(label_drop=0.0, penalty=losses.balance(K, 0.03))
+    balanced = losses.flow_matching(label_drop=0.0, penalty=losses.balance(K, 0.1))
     cases = {
         "balanced": (net, make(tapped, True), balanced),
         "without": (net, make(tapped, True), LOSS),

@@ -7,7 +7,7 @@ of the prior is matched by the times at which it is used.
 
 On the digits, three trainings each of the switched DiT (k = 2 of M = 3) and of a dense one that has at least as many
 parameters by its wider MLPs. The overlap of two times is the Jaccard index of the gates that they use, in all layers:
-adjacent ones are 1/100 apart, far ones 1/2 or more.
+adjacent ones are 1/100 apart, far ones are the first and the last tenth.
 """
 
 import jax
@@ -77,7 +77,7 @@ def run(preset):
         top = [np.asarray(g).argsort(-1).argsort(-1) >= M - K for g in losses.routers(gates(params), "gates")]
         used = np.concatenate(top, axis=-1)
         adjacent.append(overlap(used, lines[:-2], lines[2:]))
-        far.append(overlap(used, lines[:100], lines[100:]))
+        far.append(overlap(used, lines[:20], lines[180:]))
     taps = gates(found["switched"][0][0])
     moved = {name: g[:, order] for name, g in taps.items()}
     return {
