@@ -25,6 +25,7 @@ from diffjax.networks.entropy import attention_entropy, entropy_scaling
 from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
+from diffjax.networks.local import Circle
 from diffjax.networks.magnitude import (
     CosineAttention,
     MPConv,
@@ -53,6 +54,7 @@ from diffjax.types import Card
 __all__ = [
     "Attention",
     "CATALOGUE",
+    "Circle",
     "Classifier",
     "Condition",
     "Conv",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,6 +14,9 @@ from diffjax.networks.partition import constrain
 from diffjax.networks.positions import rotate
 from diffjax.networks.taps import Tap
 
+# How queries, keys and values are mixed, inside a module: (q / sqrt(D), k, v [B, T or S, H, D], mask [B, S] or None,
+# height and width of the grid of tokens or None) -> [B, T, H, D]
+Mixing = Callable[[Any, Any, Any, Any, Any], Any]
 MATMUL_LENGTH = 256  # up to this many queries, heads-first matrix products beat einsum on a CPU
 
 
@@ -64,7 +68,7 @@ def per_head(heads: int, n: int) -> Initializer:
     return init
 
 
-def full(q: Any, k: Any, v: Any, mask: Any = None) -> jax.Array:
+def full(q: Any, k: Any, v: Any, mask: Any = None, grid: Any = None) -> jax.Array:
     """Every query attends to every key that the mask lets through; taps `logits` and `weights`.   softmax(q k^T) v
 
     Args: q: [B, T, H, D], already divided by sqrt(D).   k, v: [B, S, H, D].   mask: [B, S] bool or None.
@@ -83,7 +87,8 @@ class Attention(nn.Module):
     a written `weights` is used as it is.
     Args: x: [B, T, d].   tokens: [B, S, e] to attend to, default x itself.   mask: [B, S] bool, False is not attended
     to. Where all is masked the result is exactly zero: attention to tokens has no output bias, unless `out_bias`.
-    angles: [T, D / 2] by which q and k turn, see `positions.Rope`; of x itself only.
+    angles: [T, D / 2] by which q and k turn, see `positions.Rope`; of x itself only.   grid: height and
+    width of the tokens of x, for a `mixing` that is local.
     Returns: [B, T, d].
     Raises: ValueError: d not divisible by heads.
 
@@ -102,9 +107,10 @@ class Attention(nn.Module):
     dtype: Any = jnp.float32
     qkv_bias: bool = True
     out_bias: bool | None = None  # default: unless it attends to tokens
+    mixing: Mixing = full  # or `local.Circle(radius)`: same parameters
 
     @nn.compact
-    def __call__(self, x: Any, tokens: Any = None, mask: Any = None, angles: Any = None) -> jax.Array:
+    def __call__(self, x: Any, tokens: Any = None, mask: Any = None, angles: Any = None, grid: Any = None) -> jax.Array:
         """Mix `v` of `tokens`, or of x itself."""
         d = x.shape[-1]
         if d % self.heads:
@@ -127,7 +133,7 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
-        y = full(q * (d // self.heads) ** -0.5, k, v, mask)
+        y = self.mixing(q * (d // self.heads) ** -0.5, k, v, mask, grid)
         y = constrain(y, "batch", "tokens", "heads", None).reshape(x.shape)
         y = constrain(y, "batch", "tokens", "wide")
         bias = tokens is None if self.out_bias is None else self.out_bias

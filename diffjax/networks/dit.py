@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.networks.attention import Attention
+from diffjax.networks.attention import Attention, Mixing, full
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.feed_forward import mlp, ragged, sparse
@@ -51,6 +51,8 @@ class DiTBlock(nn.Module):
     dtype: Any
     feed_forward: Callable[..., Any] = mlp
     route: Callable[..., Any] | None = None
+    mixing: Mixing = full
+    grid: tuple[int, int] | None = None
 
     @nn.compact
     def __call__(
@@ -65,7 +67,8 @@ class DiTBlock(nn.Module):
         adaptive = constrain(adaptive, "batch", None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
         h = modulate(plain_norm(x), shift_a, scale_a)
-        h = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="attention")(h, angles=angles)
+        attention = Attention(self.heads, self.qk_norm, dtype=self.dtype, mixing=self.mixing, name="attention")
+        h = attention(h, angles=angles, grid=self.grid)
         x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "tokens", None)
         if tokens is not None:
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
@@ -122,6 +125,7 @@ class DiT(nn.Module):
     scan_layers: bool = False
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
+    mixing: Mixing = full  # of self-attention, or `local.Circle(radius)`: same parameters
     RULES: ClassVar[Rules] = (*ATTENTION, *BLOCK, *EXPERTS, *FILM, *CODE)  # along the mesh axis `model`
 
     @nn.compact
@@ -171,6 +175,8 @@ class DiT(nn.Module):
             dtype=self.dtype,
             feed_forward=self.feed_forward,
             route=self.route,
+            mixing=self.mixing,
+            grid=(h // p, w // p),
         )
         args = (c, condition.tokens, condition.mask, angles, time)
         z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
