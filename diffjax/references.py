@@ -166,6 +166,12 @@ PAPERS: dict[str, Paper] = {
                               "Scaling Diffusion Transformers to 16 Billion Parameters"),
     "arXiv:2403.09176": Paper("Park, Byeongjun and Go, Hyojun and Kim, Jin-Young and Woo, Sangmin and Ham, Seokil and Kim, Changick",
                               2024, "Switch Diffusion Transformer: Synergizing Denoising Tasks with Sparse Mixture-of-Experts"),
+    "arXiv:2412.16112": Paper("Liu, Songhua and Tan, Zhenxiong and Wang, Xinchao", 2024,
+                              "CLEAR: Conv-Like Linearization Revs Pre-Trained Diffusion Transformers Up"),
+    "arXiv:2406.09416": Paper("Liu, Qihao and Zeng, Zhanpeng and He, Ju and Yu, Qihang and Shen, Xiaohui and Chen, Liang-Chieh", 2024,
+                              "Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models and Time-Dependent Layer Normalization"),
+    "arXiv:2402.01516": Paper("Pham, Trung X. and Kang, Zhang and Yoo, Chang D.", 2024,
+                              "Cross-view Masked Diffusion Transformers for Person Image Synthesis"),
 }  # fmt: skip
 
 
