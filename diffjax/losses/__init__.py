@@ -17,6 +17,7 @@ from diffjax.losses.distillation import Distillation, distillation
 from diffjax.losses.levels import ByNoiseLevel, by_noise_level, level_edges
 from diffjax.losses.likelihood import GaussianDecoder, LevelDecoder, discrete_bound, variational_bound
 from diffjax.losses.routing import router_loss
+from diffjax.losses.sides import SideOutputs, side_outputs
 from diffjax.losses.uncertainty import Uncertainty, uncertainty
 from diffjax.prediction import EdmTarget
 from diffjax.times import laws
@@ -46,9 +47,9 @@ COUPLINGS: dict[str, Card] = {
 
 __all__ = [
     "ByNoiseLevel", "CATALOGUE", "COUPLINGS", "ConditionNoise", "Distillation", "GaussianDecoder", "LevelDecoder",
-    "Uncertainty", "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss",
-    "discrete_bound", "distillation", "error_scale", "exact", "expert_load", "flow_matching", "independent",
-    "k_nearest_noise", "level_edges", "log_variance_of_aux", "minibatch_assignment", "noise_prediction",
-    "router_loss", "routers", "score_matching", "sinkhorn", "task_prior", "uncertainty",
-    "v_prediction", "variational_bound",
+    "SideOutputs", "Uncertainty", "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise",
+    "denoising_loss", "discrete_bound", "distillation", "error_scale", "exact", "expert_load", "flow_matching",
+    "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux", "minibatch_assignment",
+    "noise_prediction", "router_loss", "routers", "score_matching", "side_outputs", "sinkhorn", "task_prior",
+    "uncertainty", "v_prediction", "variational_bound",
 ]  # fmt: skip

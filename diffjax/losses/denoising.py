@@ -55,6 +55,7 @@ class DenoisingLoss:
     log_variance: Callable[[Any], Any] | None = static(default=None)
     condition: Any = None
     penalty: Any = None
+    sides: Any = None
 
     def __call__(
         self, key: Key, denoiser: Denoiser, x0: PyTree, cond: Cond = None, items: Any = None
@@ -73,12 +74,16 @@ class DenoisingLoss:
             cond = self.condition(k_cond, cond, t, items)
         cond = drop_labels(k_drop, denoiser, cond, items, self.label_drop)
         e = denoiser.evaluate(process.add_noise(x0, eps, t), t, cond, key=nu.item_keys(k_net, items))
-        mse = mean_square(nu.sub(self.space(e.prediction, process, t), self.space(Prediction(x0, eps), process, t)))
+        target = self.space(Prediction(x0, eps), process, t)
+        mse = mean_square(nu.sub(self.space(e.prediction, process, t), target))
+        aux = {"t": t, "mse": mse, "log_snr": process.log_snr(t)}
         loss = mse
+        if self.sides is not None:
+            aux["sides"] = self.sides(e.aux, target).astype(mse.dtype)
+            loss = mse + aux["sides"]
         if self.weight is not None:
             factor = self.weight(process, t) / error_scale(self.space, process, t) ** 2
-            loss = jnp.asarray(factor, mse.dtype) * mse
-        aux = {"t": t, "mse": mse, "log_snr": process.log_snr(t)}
+            loss = jnp.asarray(factor, mse.dtype) * loss
         if self.log_variance is not None:
             u = self.log_variance(e.aux).reshape(mse.shape).astype(mse.dtype)
             aux |= {"weighted": loss, "log_variance": u}
@@ -100,6 +105,7 @@ def denoising_loss(
     log_variance: Callable[[Any], Any] | None = None,
     condition: Any = None,
     penalty: Any = None,
+    sides: Any = None,
 ) -> DenoisingLoss:
     """Regression on the clean data, the noise, or any blend of them.   w(t) mean |space(x0, eps) - space(prediction)|^2
 
@@ -112,6 +118,8 @@ def denoising_loss(
     coupling: `(key, x0, items) -> eps`.   log_variance: reads `u` [B] from the network's aux, and the loss becomes
     `loss / exp(u) + u`.   condition: `(key, cond, t, items) -> cond`, e.g. `condition_noise(beta)`; comes before dropping.
     penalty: `(aux of the network, t [B]) -> [] or [B]`, added to the loss and returned as aux `penalty`, e.g. `balance(2)`.
+    sides: `(aux of the network, target) -> [B]`, added to the error in `space` before it is weighted and returned as aux
+    `sides`, e.g. `side_outputs()`.
     Returns: `loss(key, denoiser, x0, cond, items=None) -> ([B], aux)` with aux `t`, `mse` (unweighted, in `space`),
     `log_snr`; the mean over all axes but the first, and over all leaves of a pytree state.
     Raises: ValueError: label_drop outside [0, 1]; at the call, a condition to drop without `denoiser.null`, an empty
@@ -131,7 +139,8 @@ def denoising_loss(
     weight = None if weight is None else as_tree(weight)
     condition = None if condition is None else as_tree(condition)
     penalty = None if penalty is None else as_tree(penalty)
-    return DenoisingLoss(times, weight, space, float(label_drop), coupling, log_variance, condition, penalty)
+    sides = None if sides is None else as_tree(sides)
+    return DenoisingLoss(times, weight, space, float(label_drop), coupling, log_variance, condition, penalty, sides)
 
 
 def flow_matching(times: Any = None, **options: Any) -> DenoisingLoss:

@@ -18,6 +18,7 @@ from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, 
 from diffjax.networks.attention import Attention
 from diffjax.networks.classifier import Classifier
 from diffjax.networks.conditions import Condition, null_condition, read_condition
+from diffjax.networks.dimr import Branch, DiMR, TimeNorm
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
@@ -53,12 +54,14 @@ from diffjax.types import Card
 
 __all__ = [
     "Attention",
+    "Branch",
     "CATALOGUE",
     "Circle",
     "Classifier",
     "Condition",
     "Conv",
     "CosineAttention",
+    "DiMR",
     "DiT",
     "EDM2MLP",
     "EDM2UNet",
@@ -79,6 +82,7 @@ __all__ = [
     "Switch",
     "Tap",
     "TimeCode",
+    "TimeNorm",
     "UNet",
     "UViT",
     "attention_entropy",
@@ -135,6 +139,9 @@ CATALOGUE: dict[str, Card] = {
     "mmdit": Card(MMDiT, paper="arXiv:2403.03206#4", summary="two streams, one joint attention", flags=("image",)),
     "dit_moe": Card(DiT, paper="arXiv:2407.11633", summary="DiT with feed_forward=sparse(...)", flags=("image",)),
     "switch_dit": Card(DiT, paper="arXiv:2403.09176", summary="DiT with route=switch(...)", flags=("image",)),
+    "dimr": Card(
+        DiMR, paper="arXiv:2406.09416", summary="branches of rising resolution, time in norms", flags=("image",)
+    ),
 }
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks import dit, edm2, mmdit, task_routing, unet_presets, uvit
+from diffjax.networks import dimr, dit, edm2, mmdit, task_routing, unet_presets, uvit
 
 # name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -17,6 +17,7 @@ PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     **mmdit.PRESETS,
     **uvit.PRESETS,
     **task_routing.PRESETS,
+    **dimr.PRESETS,
 }
 
 

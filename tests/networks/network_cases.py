@@ -78,6 +78,16 @@ NETS = {
         nw.DiT(width=8, depth=1, heads=2, expand=2, num_classes=3, feed_forward=nw.sparse(4, 2, 1)),
         (4, 6, 2),
     ),
+    "dimr": (
+        nw.DiMR(
+            branches=(nw.Branch(8, 3, 2, heads=2), nw.Branch(4, 1, 1)),
+            kernel=3,
+            num_classes=3,
+            vector_size=2,
+            image_channels=1,
+        ),
+        (4, 6, 2),
+    ),
 }
 FULL = ("mlp", "unet", "dit")  # tested in more detail, as they take all kinds
 
