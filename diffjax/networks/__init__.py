@@ -38,6 +38,7 @@ from diffjax.networks.magnitude import (
     mp_sum,
     pixel_norm,
 )
+from diffjax.networks.masked_dit import MaskedDiT
 from diffjax.networks.mlp import MLP
 from diffjax.networks.mmdit import MMDiT
 from diffjax.networks.partition import constrain
@@ -74,6 +75,7 @@ __all__ = [
     "MPConv",
     "MPDense",
     "MPEmbedding",
+    "MaskedDiT",
     "PRESETS",
     "ResBlock",
     "Rope",
@@ -141,6 +143,9 @@ CATALOGUE: dict[str, Card] = {
     "switch_dit": Card(DiT, paper="arXiv:2403.09176", summary="DiT with route=switch(...)", flags=("image",)),
     "dimr": Card(
         DiMR, paper="arXiv:2406.09416", summary="branches of rising resolution, time in norms", flags=("image",)
+    ),
+    "masked_dit": Card(
+        MaskedDiT, paper="arXiv:2402.01516", summary="DiT of two views, masked in training", flags=("image",)
     ),
 }
 

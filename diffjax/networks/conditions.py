@@ -203,11 +203,11 @@ class Code(nn.Module):
     deep_vector: bool = False  # the vector by Dense(act(Dense(v))), as the time, and not by one linear map
 
     @nn.compact
-    def __call__(self, t: Any, condition: Condition, *, with_time: bool = False) -> Any:
-        """The code of time and condition."""
+    def __call__(self, t: Any, condition: Condition, *more: Any, with_time: bool = False) -> Any:
+        """The code of time and condition; `more` [B, features] is added before the activation."""
         time = TimeCode(self.features, self.sinusoids, self.frequencies, self.act, self.dtype, name="time")
         c = alone = time(t)
-        items = []
+        items = list(more)
         if self.num_classes:
             items.append(LabelEmbedding(self.num_classes, self.features, self.dtype, name="label")(condition.label))
         if self.vector_size:

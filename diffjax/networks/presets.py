@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks import dimr, dit, edm2, mmdit, task_routing, unet_presets, uvit
+from diffjax.networks import dimr, dit, edm2, masked_dit, mmdit, task_routing, unet_presets, uvit
 
 # name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -18,6 +18,7 @@ PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     **uvit.PRESETS,
     **task_routing.PRESETS,
     **dimr.PRESETS,
+    **masked_dit.PRESETS,
 }
 
 

@@ -88,6 +88,10 @@ NETS = {
         ),
         (4, 6, 2),
     ),
+    "masked_dit": (
+        nw.MaskedDiT(width=8, depth=2, heads=2, expand=2, decode=1, image_channels=2, token_parts=(1, 3), **FIELDS),
+        (4, 6, 2),
+    ),
 }
 FULL = ("mlp", "unet", "dit")  # tested in more detail, as they take all kinds
 
