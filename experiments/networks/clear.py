@@ -78,7 +78,7 @@ def costs(mixing, sides):
 
 def run(preset):
     full = preset == "full"
-    width, depth, steps, batch, made = (32, 3, 1500, 32, 1000) if full else (8, 1, 3, 4, 10)
+    width, depth, steps, batch, made = (32, 3, 1000, 32, 1000) if full else (8, 1, 3, 4, 10)
     digits = data.load("digits")
     training_set, held = ({k: digits.read(split)[k] for k in ("x", "label")} for split in ("train", "test"))
 
@@ -87,7 +87,7 @@ def run(preset):
     start = networks.initialise(net, jax.random.key(0), held["x"][:1], jnp.zeros(1), held["label"][:1])
     null = networks.null_condition(num_classes=10)
     model = lambda fn, aux=False: lambda p: diffjax.denoiser(fn, PROCESS, diffjax.from_velocity, p, null=null, aux=aux)
-    params, _ = train(model(plain), losses.flow_matching(), start, training_set, steps=steps, batch=batch)
+    params = train(model(plain), losses.flow_matching(), start, training_set, steps=steps, batch=batch)
 
     label = np.arange(made) % 10
     draw = jax.jit(lambda d, x: diffjax.sample(jax.random.key(1), d, solvers.heun(PROCESS, times.uniform(8)), x))
@@ -102,8 +102,8 @@ def run(preset):
     student = lambda p: model(tapped(local, read=names), aux=True)(merge(p))
     teacher = model(tapped(plain, read=names), aux=True)(params)
     options = dict(steps=max(3, steps // 4), batch=batch, rate=1e-3)
-    taught, _ = train(student, losses.distillation(teacher, output=1.0, features=1.0), trained, drawn, **options)
-    alone, _ = train(lambda p: model(local)(merge(p)), losses.flow_matching(), trained, drawn, **options)
+    taught = train(student, losses.distillation(teacher, output=1.0, features=1.0), trained, drawn, **options)
+    alone = train(lambda p: model(local)(merge(p)), losses.flow_matching(), trained, drawn, **options)
 
     n = len(held["x"])
     t = jnp.linspace(0.02, 0.98, n, dtype=jnp.float32)
