@@ -42,7 +42,7 @@ def side_outputs(weights: dict[str, Any] | None = None) -> SideOutputs:
     Args: weights: `{name: w}`, default `1 / r^2`, which is one at full resolution.
     Returns: `f({name: [B, H / r, W / r, C]}, target [B, H, W, C]) -> [B]`.
     Raises: ValueError: when called without such outputs, or with others than the weights name.
-    Reference: Liu et al. 2024, arXiv:2406.09416, section 3.2.
+    Reference: Liu et al. 2024, arXiv:2406.09416.
 
     Example:
         >>> side_outputs()({"low": jnp.ones((2, 1, 1, 3))}, jnp.ones((2, 2, 2, 3))).tolist()

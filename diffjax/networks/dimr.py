@@ -53,7 +53,7 @@ class TimeNorm(nn.Module):
         >>> sorted(v["params"]), v["params"]["scale_0"].shape
         (['scale_0', 'scale_1', 'scale_shift', 'scale_slope'], (8,))
 
-    Reference: Liu et al. 2024, arXiv:2406.09416, section 3.3.
+    Reference: Liu et al. 2024, arXiv:2406.09416.
     """
 
     centred: bool = False
@@ -203,7 +203,7 @@ class DiMR(nn.Module):
         >>> v["params"]["branch_1"]["up"]["kernel"].shape
         (16, 16)
 
-    Reference: Liu et al. 2024, arXiv:2406.09416, sections 3.2 and 3.3.
+    Reference: Liu et al. 2024, arXiv:2406.09416.
     """
 
     branches: tuple[Branch, ...] = (Branch(64, 3, 2, heads=4), Branch(32, 3, 1))
@@ -291,9 +291,9 @@ class DiMR(nn.Module):
             )
 
 
-# Widths and depths of XL/2R and G/2R: the configurations released with arXiv:2406.09416 (depths there are rounded up to
-# odd numbers). Those of XL/3R are inferred: its third branch continues the first two, and only a depth of 21 gives the
-# published 525M parameters and 206 Gflops.
+# Widths and depths of XL/2R and G/2R: the configurations released with arXiv:2406.09416, whose depths are rounded up to odd
+# numbers, and whose projections of q, k and v have no bias while ours do. Those of XL/3R are inferred: its third branch
+# continues the first two, and only a depth of 21 gives the published 525M parameters and 206 Gflops.
 PRESETS = {
     "dimr-xl/2r": (DiMR, dict(branches=(Branch(960, 39, 2, heads=16), Branch(480, 21, 1)), size=(32, 32))),
     "dimr-g/2r": (DiMR, dict(branches=(Branch(1152, 57, 2, heads=16), Branch(576, 29, 1)), size=(32, 32))),

@@ -96,6 +96,8 @@ class Circle:
         devices = _devices()
         if h % devices:
             raise ValueError(f"{h} rows of tokens cannot be cut over {devices} devices; choose a divisor of {h}")
+        # Milliseconds of forward / forward and gradient, two items of 32 x 32 tokens, 4 heads of 32, radius 3, 2 cores: tiles of
+        # 1: 26 / 43, 2: 4 / 14, 4: 2 / 6, 8: 3 / 8; full attention 10 / 111.
         side = self.tile or max(4, self.reach)
         # tiles stay on one device; a last one that sticks out is padded where rows are not cut
         rows = min(side, h) if devices == 1 else max(s for s in range(1, side + 1) if h // devices % s == 0)

@@ -127,7 +127,7 @@ class MaskedDiT(nn.Module):
         >>> v["params"]["aggregate"]["pool_source"]["kernel"].shape
         (4, 1)
 
-    Reference: Pham et al. 2024, arXiv:2402.01516, section 3; the interpolater: Gao et al. 2023, arXiv:2303.14389.
+    Reference: Pham et al. 2024, arXiv:2402.01516; the interpolater: Gao et al. 2023, arXiv:2303.14389.
     """
 
     width: int = 64
@@ -235,7 +235,7 @@ class MaskedDiT(nn.Module):
 
 
 # Sizes of arXiv:2402.01516 and its released code: those of DiT with patches of 2, and two kinds of tokens of 768 and 1536
-# features, 257 of each.
+# features, 257 of each. The published numbers of parameters are without the masked branch and tables of positions.
 PRESETS = {
     f"x-mdpt-{name}": (
         MaskedDiT,
