@@ -82,7 +82,9 @@ class TimeNorm(nn.Module):
 def depthwise(x: Any, kernel: Any) -> jax.Array:
     """Each channel convolved with its own kernel, zero padded to the same size.   [B, H, W, c], [k, k, 1, c] -> [B, H, W, c]
 
-    On a CPU as shifted products, as XLA's gradient of a grouped convolution is slow there; both are equal.
+    On a CPU as shifted products, as XLA's gradient of a grouped convolution is slow there, above all inside a loop; both are
+    equal. Milliseconds of the gradient, 16 items, 2 busy cores, plain / in `lax.scan`: 8 x 8 x 16 with k = 3 2.1 / 6.7 and
+    0.2 / 0.2, 8 x 8 x 32 with k = 7 4.8 / 69 and 3.1 / 1.4.
     """
     k, c = kernel.shape[0], x.shape[-1]
     if jax.default_backend() != "cpu":
