@@ -172,6 +172,12 @@ PAPERS: dict[str, Paper] = {
                               "Alleviating Distortion in Image Generation via Multi-Resolution Diffusion Models and Time-Dependent Layer Normalization"),
     "arXiv:2402.01516": Paper("Pham, Trung X. and Kang, Zhang and Yoo, Chang D.", 2024,
                               "Cross-view Masked Diffusion Transformers for Person Image Synthesis"),
+    "arXiv:2504.14260": Paper("Xiao, Liu and Li, Zhiyuan and Lin, Yueyu", 2025, "Cross-attention for State-based model RWKV-7"),
+    "arXiv:1810.00825": Paper("Lee, Juho and Lee, Yoonho and Kim, Jungtaek and Kosiorek, Adam R. and Choi, Seungjin and Teh, Yee Whye", 2019,
+                              "Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks"),
+    "arXiv:2407.10998": Paper("Dat, Do Huu and Anh, Do Duc and Luu, Anh Tuan and Buntine, Wray", 2024,
+                              "Discrete Diffusion Language Model for Efficient Text Summarization"),
+    "arXiv:2503.14456": Paper("Peng, Bo and others", 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution"),
 }  # fmt: skip
 
 

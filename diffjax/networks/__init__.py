@@ -18,6 +18,7 @@ from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, 
 from diffjax.networks.attention import Attention
 from diffjax.networks.classifier import Classifier
 from diffjax.networks.conditions import Condition, null_condition, read_condition
+from diffjax.networks.delta_rule import delta_chunked, delta_scan
 from diffjax.networks.dimr import Branch, DiMR, TimeNorm
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
@@ -38,6 +39,7 @@ from diffjax.networks.magnitude import (
     mp_sum,
     pixel_norm,
 )
+from diffjax.networks.mamba import Mamba, selective_chunked, selective_scan
 from diffjax.networks.masked_dit import MaskedDiT
 from diffjax.networks.mlp import MLP
 from diffjax.networks.mmdit import MMDiT
@@ -45,12 +47,17 @@ from diffjax.networks.partition import constrain
 from diffjax.networks.positions import Learned, Rope, Sincos, rotate
 from diffjax.networks.presets import PRESETS, preset
 from diffjax.networks.resample import double, fir_double, fir_halve, halve
+from diffjax.networks.rwkv import RWKV7, nearest, pad_left
+from diffjax.networks.s4 import S4D
+from diffjax.networks.state_dit import Softmax, StateDiT
 from diffjax.networks.taps import Tap, magnitudes, per_layer, tap_names, tapped
 from diffjax.networks.task_routing import Switch, switch, task_routed
+from diffjax.networks.tokens import InducedAttention, TokenDiT
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet import UNet
 from diffjax.networks.unet_parts import ResBlock, part
 from diffjax.networks.uvit import UViT
+from diffjax.networks.vecset import InducedSet, SetAttention, SetPooling, VecSet, farthest_points
 from diffjax.types import Card
 
 __all__ = [
@@ -68,6 +75,8 @@ __all__ = [
     "EDM2UNet",
     "FromLinen",
     "FromNNX",
+    "InducedAttention",
+    "InducedSet",
     "LabelEmbedding",
     "Learned",
     "MLP",
@@ -75,23 +84,35 @@ __all__ = [
     "MPConv",
     "MPDense",
     "MPEmbedding",
+    "Mamba",
     "MaskedDiT",
     "PRESETS",
+    "RWKV7",
     "ResBlock",
     "Rope",
+    "S4D",
+    "SetAttention",
+    "SetPooling",
     "Sincos",
+    "Softmax",
     "SparseMLP",
+    "StateDiT",
     "Switch",
     "Tap",
     "TimeCode",
     "TimeNorm",
+    "TokenDiT",
     "UNet",
     "UViT",
+    "VecSet",
     "attention_entropy",
     "canonical",
     "constrain",
+    "delta_chunked",
+    "delta_scan",
     "double",
     "entropy_scaling",
+    "farthest_points",
     "fir_double",
     "fir_halve",
     "fourier",
@@ -107,7 +128,9 @@ __all__ = [
     "mp_silu",
     "mp_sum",
     "native",
+    "nearest",
     "null_condition",
+    "pad_left",
     "parameter_count",
     "part",
     "partition_rules",
@@ -117,6 +140,8 @@ __all__ = [
     "random_parameters",
     "read_condition",
     "rotate",
+    "selective_chunked",
+    "selective_scan",
     "sinusoids",
     "slices",
     "sparse",
@@ -147,6 +172,8 @@ CATALOGUE: dict[str, Card] = {
     "masked_dit": Card(
         MaskedDiT, paper="arXiv:2402.01516", summary="DiT of two views, masked in training", flags=("image",)
     ),
+    "token_dit": Card(TokenDiT, paper="arXiv:1810.00825", summary="transformer for sequences, sets and points"),
+    "state_dit": Card(StateDiT, paper="arXiv:2504.14260", summary="RWKV-7, Mamba or S4 in place of attention"),
 }
 
 

@@ -38,7 +38,7 @@ def weighted(weights: Any, v: Any) -> jax.Array:
 def softmax(logits: Any, mask: Any = None) -> jax.Array:
     """Softmax over the last axis of what `mask` lets through; all zeros where it lets nothing through.
 
-    Args: logits: [B, H, T, S].   mask: [B, S] bool or None.
+    Args: logits: [B, H, T, S].   mask: [B, S] bool, a bias of the logits [B, H, T, S], or None.
 
     Example:
         >>> softmax(jnp.zeros((1, 1, 1, 2)), jnp.array([[True, False]])).ravel().tolist()
@@ -46,6 +46,8 @@ def softmax(logits: Any, mask: Any = None) -> jax.Array:
     """
     if mask is None:
         return jax.nn.softmax(logits, axis=-1)
+    if mask.ndim == 4:
+        return jax.nn.softmax(logits + mask.astype(logits.dtype), axis=-1)
     mask = mask[:, None, None, :]
     weights = jax.nn.softmax(jnp.where(mask, logits, jnp.finfo(logits.dtype).min), axis=-1)
     return jnp.where(mask, weights, jnp.zeros((), weights.dtype))
@@ -86,9 +88,9 @@ class Attention(nn.Module):
     Taps: `q`, `k`, `v` [B, T, H, D]; `logits` [B, H, T, S] before the mask, `weights` after the softmax, both float32;
     a written `weights` is used as it is.
     Args: x: [B, T, d].   tokens: [B, S, e] to attend to, default x itself.   mask: [B, S] bool, False is not attended
-    to. Where all is masked the result is exactly zero: attention to tokens has no output bias, unless `out_bias`.
-    angles: [T, D / 2] by which q and k turn, see `positions.Rope`; of x itself only.   grid: height and
-    width of the tokens of x, for a `mixing` that is local.
+    to, or a bias of the logits [B, H, T, S]. Where all is masked by False the result is exactly zero: attention to tokens
+    has no output bias, unless `out_bias`.   angles: [T, D / 2] by which q and k turn, see `positions.Rope`; of x itself
+    only.   grid: height and width of the tokens of x, for a `mixing` that is local.
     Returns: [B, T, d].
     Raises: ValueError: d not divisible by heads.
 

@@ -5,6 +5,9 @@
 - `vector` [B, k] floats, embedded and added to the time code (zero is "no vector");
 - `tokens` [B, L, d] floats, read by cross-attention, with an optional `mask` [B, L] of booleans (False is padding);
 - `image`  [B, *n, c] floats with the spatial axes of the state, joined to the state along channels.
+Networks of sequences and sets also take, about the elements of the state themselves (`read_elements`),
+- `present` [B, L] booleans, False where the state is padding; all present if left out;
+- `pairs`   [B, L, L, k] floats, features of pairs of elements.
 A network is configured for the kinds that it takes (`num_classes`, `vector_size`, `token_size`, `image_channels`, zero
 for none) and is given exactly these.
 """
@@ -106,6 +109,36 @@ def read_condition(
         tokens = jnp.where(mask[:, :, None], cond["tokens"], jnp.zeros((), jnp.asarray(cond["tokens"]).dtype))
     label = jnp.asarray(cond["label"]) if "label" in cond else None
     return Condition(label, cond.get("vector"), tokens, mask, cond.get("image"))
+
+
+def read_elements(cond: Any, x: Any, pair_size: int = 0) -> tuple[Any, Any, Any]:
+    """Take what is told about the elements of a sequence or set out of `cond`.
+
+    Args: cond: see the module.   x: [B, L, C].   pair_size: of `pairs`, 0 for none.
+    Returns: the rest of cond, for `read_condition`; present [B, L] or None; pairs [B, L, L, pair_size] or None.
+    Raises: ValueError: pairs missing, or given where none are taken; wrong type or shape.
+
+    Example:
+        >>> rest, present, _ = read_elements({"present": np.ones((1, 2), bool)}, jnp.zeros((1, 2, 3)))
+        >>> rest, present.shape
+        ({}, (1, 2))
+    """
+    rest = dict(cond) if isinstance(cond, dict) else cond
+    taken = {k: rest.pop(k) for k in ("present", "pairs") if isinstance(rest, dict) and k in rest}
+    present, pairs = taken.get("present"), taken.get("pairs")
+    b, length = x.shape[:2]
+    if present is not None and (np.shape(present) != (b, length) or present.dtype != bool):
+        raise ValueError(
+            f"cond['present'] must be bool [{b}, {length}] (False is padding); got {present.dtype} {np.shape(present)}"
+        )
+    if (pairs is not None) != bool(pair_size):
+        raise ValueError(
+            f"this network has pair_size={pair_size} and cond {'no ' if pairs is None else ''}'pairs'; "
+            "give features of pairs where pair_size > 0, and nowhere else"
+        )
+    if pairs is not None:
+        _check_shape("pairs", pairs, (b, length, length, pair_size))
+    return rest, None if present is None else jnp.asarray(present), None if pairs is None else jnp.asarray(pairs)
 
 
 def null_condition(

@@ -73,6 +73,8 @@ NETS = {
         ),
         (4, 6, 2),
     ),
+    "state_dit": (nw.StateDiT(width=32, depth=2, heads=2, expand=2, **FIELDS), (4, 6, 2)),
+    "token_dit": (nw.TokenDiT(width=8, depth=2, heads=2, expand=2, qk_norm=True, **FIELDS), (6, 3)),
     "edm2_mlp": (nw.EDM2MLP(width=8, depth=2, num_classes=3, vector_size=2), (5,)),
     "dit_moe": (
         nw.DiT(width=8, depth=1, heads=2, expand=2, num_classes=3, feed_forward=nw.sparse(4, 2, 1)),
