@@ -15,7 +15,8 @@ SET = dict(width=8, depth=1, heads=2, expand=2, positions=False)
 
 def network(length=6, **fields):
     net = nw.TokenDiT(**SET | fields)
-    x, t, cond = inputs(net, (length, 3))
+    x, _, cond = inputs(net, (length, 3))
+    t = np.array([0.1, 0.5, 0.9], np.float32)
     cond["present"] = np.arange(length)[None] < np.array([length, length - 1, length - 3])[:, None]
     if net.pair_size:
         cond["pairs"] = np.random.default_rng(1).standard_normal((3, length, length, net.pair_size)).astype(np.float32)
@@ -68,15 +69,11 @@ def test_wrong_elements_are_refused(fields, cond, message):
         jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 2, 3)), jnp.zeros(1), cond)
 
 
-def parameters(module, *args):
-    return {"params": nw.random_parameters(module, *args)}
-
-
 def test_pooling_ignores_the_order_and_induced_attention_follows_it():
     x = np.random.default_rng(0).standard_normal((2, 6, 8)).astype(np.float32)
     mask = np.arange(6)[None] < np.array([[6], [4]])
     pool, induced = nw.SetPooling(2, 3), nw.InducedSet(2, 3)
-    p, q = parameters(pool, x, None), parameters(induced, x, None)
+    p, q = jax.jit(lambda k: (pool.init(k, x), induced.init(k, x)))(jax.random.key(0))
     f = jax.jit(lambda x, mask: (pool.apply(p, x, mask), induced.apply(q, x, mask)))
     pooled, spread = f(x, mask)
     again, moved = f(x[:, ORDER], mask[:, ORDER])
@@ -108,7 +105,7 @@ def test_a_set_of_vectors_tells_the_shape_whatever_the_order_of_its_points():
     net = nw.VecSet(width=8, depth=1, heads=2, latents=3, latent_size=2, bands=2)
     rng = np.random.default_rng(0)
     points, places = (rng.uniform(-1, 1, (2, n, 3)).astype(np.float32) for n in (6, 5))
-    v = parameters(net, points, places)
+    v = {"params": nw.random_parameters(net, points, places)}
 
     @jax.jit
     def both(points, places):
