@@ -70,18 +70,18 @@ def delta_chunked(
     total = jnp.cumsum(log_w, axis=-2)
     grow, shrink = jnp.exp(-total), jnp.exp(total)
     r, z, k, b = r * shrink, z * jnp.exp(total - log_w), k * grow, b * grow
-    lower = lambda x, y, diagonal: jnp.tril(x @ y.swapaxes(-1, -2), diagonal)
-    right = jnp.concatenate([z, lower(z, k, -1) @ v], axis=-1)
-    solved = lax.linalg.triangular_solve(-lower(z, b, -1), right, left_side=True, lower=True, unit_diagonal=True)
-    z, u = jnp.split(solved, 2, axis=-1)  # U = z S_0^T + u
-    rb = lower(r, b, 0)
-    out = rb @ u + lower(r, k, 0) @ v
-    r = r + rb @ z
+    products = jnp.concatenate([r, z], axis=-2) @ jnp.concatenate([b, k], axis=-2).swapaxes(-1, -2)
+    rb, rk = jnp.tril(products[..., :chunk, :chunk]), jnp.tril(products[..., :chunk, chunk:])
+    zb, zk = jnp.tril(products[..., chunk:, :chunk], -1), jnp.tril(products[..., chunk:, chunk:], -1)
+    zu = jnp.concatenate([z, zk @ v], axis=-1)
+    zu = lax.linalg.triangular_solve(-zb, zu, left_side=True, lower=True, unit_diagonal=True)  # U = z S_0^T + u
+    read = rb @ zu
+    r, out = r + read[..., :size], read[..., size:] + rk @ v
     last = shrink[..., -1:, :]
-    own = (u.swapaxes(-1, -2) @ b + v.swapaxes(-1, -2) @ k) * last
-    mix = z.swapaxes(-1, -2) @ b  # S = (S_0 + S_0 mix) diag(P) + own
+    written = zu.swapaxes(-1, -2) @ b
+    mix, own = written[..., :size, :], (written[..., size:, :] + v.swapaxes(-1, -2) @ k) * last
 
-    def step(s: Any, row: Any) -> tuple[Any, Any]:
+    def step(s: Any, row: Any) -> tuple[Any, Any]:  # S = (S_0 + S_0 mix) diag(P) + own
         mix, own, last = row
         return (s + s @ mix) * last + own, s
 

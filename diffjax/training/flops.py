@@ -1,7 +1,8 @@
 """Floating-point operations of a function, counted from its traced program, and what devices can do in a second.
 
 A multiplication and an addition are two operations. A matrix product of [m, k] and [k, n] has 2 m k n, a convolution two
-for every product with a value that is no padding, a reduction one for every value, and whatever else makes floating-point
+for every product with a value that is no padding, a triangular system of n unknowns n^2, a Fourier transform of n complex
+values 5 n log2 n, a reduction one for every value, and whatever else makes floating-point
 values one for each. Moving, casting and comparing values, integers and random bits are free.
 """
 
@@ -225,6 +226,12 @@ def _of_equation(eqn: core.JaxprEqn, trips: int | None) -> Flops:
         return Flops(matmul=_ragged(eqn))
     if name == "conv_general_dilated":
         return Flops(conv=_convolution(eqn))
+    if name == "triangular_solve":  # half of the square of the matrix for each column, or row, of the other side
+        return Flops(matmul=eqn.invars[0].aval.shape[-1] * math.prod(eqn.outvars[0].aval.shape))
+    if name == "fft":  # 5 n log2 n of complex values, half of it for real ones
+        n, real = math.prod(params["fft_lengths"]), any(jnp.isrealobj(v.aval) for v in (*eqn.invars, *eqn.outvars))
+        whole = max(math.prod(v.aval.shape) for v in (*eqn.invars, *eqn.outvars))
+        return Flops(other=round(5 * whole * math.log2(max(n, 2)) / (2 if real else 1)))
     if name in FREE or name.startswith("random_"):
         return Flops()
     over = eqn.invars if name.startswith(("reduce_", "arg", "scatter")) else eqn.outvars

@@ -26,6 +26,14 @@ def test_products_and_elementwise_work():
     assert flops.count(lambda i: i * 2 + 1, shape(3, dtype=np.int32)).total == 0
 
 
+def test_triangular_systems_and_fourier_transforms():
+    solve = lambda a, b: lax.linalg.triangular_solve(a, b, left_side=True)
+    assert flops.count(solve, shape(5, 8, 8), shape(5, 8, 3)) == (5 * 8 * 8 * 3, 0, 0)
+    assert flops.count(jnp.fft.fft, shape(3, 16, dtype=np.complex64)).total == 3 * 5 * 16 * 4
+    there_and_back = lambda a: jnp.fft.irfft(jnp.fft.rfft(a))
+    assert flops.count(there_and_back, shape(3, 16)).total == 3 * 5 * 16 * 4
+
+
 def test_loops_branches_and_calls():
     w, x = shape(4, 4), shape(4)
     product = 2 * 4 * 4
