@@ -43,8 +43,8 @@ def long_convolution(u: Any, kernel: Any) -> jax.Array:
     Returns: [B, T, D] float32.
 
     Example:
-        >>> long_convolution(jnp.ones((1, 3, 1)), jnp.ones((1, 3))).round(3).ravel().tolist()
-        [1.0, 2.0, 3.0]
+        >>> long_convolution(jnp.ones((1, 3, 1)), jnp.ones((1, 3))).round().astype(int).ravel().tolist()
+        [1, 2, 3]
     """
     n = 2 * u.shape[1]  # no wrapping round
     spectrum = jnp.fft.rfft(u.astype(jnp.float32), n, axis=1) * jnp.fft.rfft(kernel, n, axis=1).T[None]
@@ -71,7 +71,8 @@ class S4D(nn.Module):
     """A diagonal state space per channel, then a gated projection.   out(gelu(y) A sigmoid(gelu(y) B)),  y = K * u + D u
 
     Linear and the same at every token, so that the whole sequence is one convolution: n log n in its length.
-    With `tokens` they are brought to the length of x by nearest repetition and added to it before.
+    With `tokens` they are brought to the length of x by nearest repetition and added to it before; tokens as long as x, such
+    as the known values of a time series and where they are known, meet it step by step.
     A mixer of `StateDiT`; hands nothing on. Taps: `u`, `y` [B, T, d].
     Args: x: [B, T, d].   tokens: [B, S, e], zero where they are padding.   mask: not needed then.
     Returns: [B, T, d] and `first`.

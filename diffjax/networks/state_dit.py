@@ -83,7 +83,8 @@ class StateDiT(nn.Module):
 
     Conditions: label and vector by adaLN, tokens by `cross` (see `conditions`). With `encoder` > 0 the tokens pass that
     many blocks of the same kind first, so that this is an encoder and a decoder. Mixers: `RWKV7`, `Mamba`, `S4D`, or
-    `Softmax` to compare with; other options of a mixer by a module-level function that passes them.
+    `Softmax` to compare with (which knows no positions of sequences); other options of a mixer by a module-level
+    function that passes them.
     Taps: `block_i/{mixed,mlp,block}`, those of the mixers under `block_i/{mix,mix_back,mix_cross}/`, the same under
     `encoder_block_i`. The output starts at zero. One direction alone is causal: no token knows of later ones.
     Args of a call: x: [B, L, C], or [B, H, W, C] cut into patches.   t: scalar or [B].   train: use dropout.

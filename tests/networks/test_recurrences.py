@@ -132,19 +132,24 @@ def test_the_rwkv_layer_has_the_published_matrices():
 
 
 def late_change(net):
-    """How much outputs before token 4 change when tokens from 4 on do."""
+    """How much outputs before token 4 change when tokens from 4 on do, of the state and of a condition as long as it."""
     x, t, _ = inputs(net, (7, 3))
-    params = nw.random_parameters(net, x, t)
-    late = np.where(np.arange(7)[None, :, None] >= 4, -x, x)
-    f = jax.jit(lambda x: net.apply({"params": params}, x, t))
-    change = np.abs(f(x) - f(late))
+    tokens = np.random.default_rng(1).standard_normal((3, 7, net.token_size)).astype(np.float32)
+    cond = lambda tokens: {"tokens": tokens} if net.token_size else None
+    params = nw.random_parameters(net, x, t, cond(tokens))
+    f = jax.jit(lambda x, tokens: net.apply({"params": params}, x, t, cond(tokens)))
+    later = lambda a: np.where(np.arange(7)[None, :, None] >= 4, -a, a)
+    change = np.abs(f(x, tokens) - f(later(x), later(tokens)))
     assert change[:, 4:].max() > 1e-3
     return change[:, :4].max()
 
 
 @pytest.mark.parametrize("mix", [nw.RWKV7, nw.Mamba, nw.S4D])
 def test_one_direction_is_causal(mix):
-    assert late_change(nw.StateDiT(width=8, depth=1, heads=2, mix=mix, bidirectional=False)) < 1e-5  # Fourier rounds
+    assert (
+        late_change(nw.StateDiT(width=8, depth=1, heads=2, mix=mix, cross=mix, bidirectional=False, token_size=2))
+        < 1e-5
+    )  # Fourier rounds
 
 
 def test_two_directions_are_not_causal():
