@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 
@@ -73,8 +74,7 @@ def delta_chunked(
     products = jnp.concatenate([r, z], axis=-2) @ jnp.concatenate([b, k], axis=-2).swapaxes(-1, -2)
     rb, rk = jnp.tril(products[..., :chunk, :chunk]), jnp.tril(products[..., :chunk, chunk:])
     zb, zk = jnp.tril(products[..., chunk:, :chunk], -1), jnp.tril(products[..., chunk:, chunk:], -1)
-    zu = jnp.concatenate([z, zk @ v], axis=-1)
-    zu = lax.linalg.triangular_solve(-zb, zu, left_side=True, lower=True, unit_diagonal=True)  # U = z S_0^T + u
+    zu = unit_inverse(zb) @ jnp.concatenate([z, zk @ v], axis=-1)  # U = z S_0^T + u
     read = rb @ zu
     r, out = r + read[..., :size], read[..., size:] + rk @ v
     last = shrink[..., -1:, :]
@@ -88,6 +88,26 @@ def delta_chunked(
     state, starts = lax.scan(step, _start(r[0].swapaxes(1, 2), state), (mix, own, last))
     out = out + r @ starts.swapaxes(-1, -2)
     return out.transpose(1, 0, 3, 2, 4).reshape(batch, -1, heads, size)[:, :length], state
+
+
+def unit_inverse(m: Any) -> jax.Array:
+    """The inverse of one minus a strictly lower triangular matrix, by doubling blocks.   (1 - m)^-1   [..., n, n]
+
+    [[A, 0], [-C, B]]^-1 = [[A^-1, 0], [B^-1 C A^-1, B^-1]]. Matrix products alone: for many small systems the CPU's
+    linear-algebra library stalls where other programs keep the cores busy.
+
+    Example:
+        >>> unit_inverse(jnp.array([[0.0, 0.0], [3.0, 0.0]])).tolist()
+        [[1.0, 0.0], [3.0, 1.0]]
+    """
+    n, size = m.shape[-1], 1
+    out = jnp.broadcast_to(jnp.eye(n, dtype=m.dtype), m.shape)
+    while size < n:
+        block = np.arange(n) // size
+        below = (block[:, None] % 2 == 1) & (block[None, :] == block[:, None] - 1)
+        out = out + out @ jnp.where(below, m, jnp.zeros((), m.dtype)) @ out
+        size *= 2
+    return out
 
 
 def _start(r: Any, state: Any) -> Any:
