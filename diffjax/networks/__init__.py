@@ -172,8 +172,15 @@ CATALOGUE: dict[str, Card] = {
     "masked_dit": Card(
         MaskedDiT, paper="arXiv:2402.01516", summary="DiT of two views, masked in training", flags=("image",)
     ),
-    "token_dit": Card(TokenDiT, paper="arXiv:1810.00825", summary="transformer for sequences, sets and points"),
-    "state_dit": Card(StateDiT, paper="arXiv:2504.14260", summary="RWKV-7, Mamba or S4 in place of attention"),
+    "token_dit": Card(
+        TokenDiT, paper="arXiv:1810.00825", summary="transformer for sequences, sets and points", flags=("sequence",)
+    ),
+    "state_dit": Card(
+        StateDiT,
+        paper="arXiv:2504.14260",
+        summary="RWKV-7, Mamba or S4 in place of attention",
+        flags=("sequence", "image"),
+    ),
 }
 
 
