@@ -10,8 +10,9 @@ measured.
   cross-attention, and not at all. The last one shows what the text is worth; `gain_kept` is the part of it that CrossWKV
   keeps. Flow-matching loss on held-out digits, mean over seeds.
 - Three things are exchanged two at a time, or left as they are, and after every exchange their order, an element of S_3, is
-  asked for. RWKV-7 in one layer and one direction, with learning rates up to 2 so that a state can be reflected, is trained
-  on short sequences, as is a transformer of the same width and depth; both are asked about four times longer ones too.
+  asked for; a sequence starts with a token of its own, for a state that is zero has nothing to exchange. RWKV-7 in one layer
+  and one direction, with learning rates up to 2 so that a state can be reflected, is trained on short sequences, as is a
+  transformer of the same width and depth; both are asked about four times longer ones too.
 """
 
 import itertools
@@ -150,9 +151,11 @@ def read_text(readers, steps, batch, width, depth, seeds):
 
 
 def products(seed, count, length):
-    """Random sequences of exchanges [count, length], and their running products."""
+    """A beginning (6) and random exchanges [count, 1 + length], and their running products."""
     drawn = np.random.default_rng(seed).choice(EXCHANGES, (count, length))
-    return drawn, np.stack(list(itertools.accumulate(drawn.T, lambda a, b: PRODUCT[a, b])), axis=1)
+    drawn = np.concatenate([np.zeros((count, 1), int), drawn], axis=1)
+    product = np.stack(list(itertools.accumulate(drawn.T, lambda a, b: PRODUCT[a, b])), axis=1)
+    return np.concatenate([np.full((count, 1), 6), drawn[:, 1:]], axis=1), product
 
 
 def name_products(key, logits, x0, cond, items=None):
@@ -164,14 +167,14 @@ def track(net, steps, batch, length, rate):
     """The share of running products that a network trained on `length` exchanges names, there and at four times that."""
     f = networks.from_linen(net)
     drawn, product = products(0, steps * batch, length)
-    cut = lambda a: jnp.asarray(a.reshape(steps, batch, length))
-    hot = lambda a: jax.nn.one_hot(a, 6)
+    cut = lambda a: jnp.asarray(a.reshape(steps, batch, 1 + length))
+    hot = lambda a: jax.nn.one_hot(a, 7)
     model = lambda params: lambda x: f(params, x, 0.0)
-    start = f.init(jax.random.key(0), jnp.zeros((1, length, 6)), jnp.zeros(1))
+    start = f.init(jax.random.key(0), jnp.zeros((1, 1 + length, 7)), jnp.zeros(1))
     batches = {"x": hot(cut(drawn)), "product": cut(product)}
     end = trainer(model, name_products, steps, rate, lambda batch: batch["product"])(start, batches)
     asked = [products(1, 256, n) for n in (length, 4 * length)]
-    return [float((model(end)(hot(drawn)).argmax(-1) == product).mean()) for drawn, product in asked]
+    return [float((model(end)(hot(drawn)).argmax(-1) == product)[:, 1:].mean()) for drawn, product in asked]
 
 
 def run(preset):
