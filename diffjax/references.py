@@ -178,6 +178,11 @@ PAPERS: dict[str, Paper] = {
     "arXiv:2407.10998": Paper("Dat, Do Huu and Anh, Do Duc and Luu, Anh Tuan and Buntine, Wray", 2024,
                               "Discrete Diffusion Language Model for Efficient Text Summarization"),
     "arXiv:2503.14456": Paper("Peng, Bo and others", 2025, "RWKV-7 Goose with Expressive Dynamic State Evolution"),
+    "arXiv:2211.17106": Paper("Yang, Xingyi and Zhou, Daquan and Feng, Jiashi and Wang, Xinchao", 2023,
+                              "Diffusion Probabilistic Model Made Slim"),
+    "arXiv:2310.20092": Paper(
+        "Calvo-Ordonez, Sergio and Cheng, Chun-Wun and Huang, Jiahao and Zhang, Lipei and Yang, Guang and Schonlieb, "
+        "Carola-Bibiane and Aviles-Rivero, Angelica I.", 2023, "The Missing U for Efficient Diffusion Models"),
 }  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, 
 from diffjax.networks.attention import Attention
 from diffjax.networks.classifier import Classifier
 from diffjax.networks.conditions import Condition, null_condition, read_condition
+from diffjax.networks.continuous import Adaptive, ContinuousUNet, Steps
 from diffjax.networks.delta_rule import delta_chunked, delta_scan
 from diffjax.networks.dimr import Branch, DiMR, TimeNorm
 from diffjax.networks.dit import DiT
@@ -61,12 +62,14 @@ from diffjax.networks.vecset import InducedSet, SetAttention, SetPooling, VecSet
 from diffjax.types import Card
 
 __all__ = [
+    "Adaptive",
     "Attention",
     "Branch",
     "CATALOGUE",
     "Circle",
     "Classifier",
     "Condition",
+    "ContinuousUNet",
     "Conv",
     "CosineAttention",
     "DiMR",
@@ -97,6 +100,7 @@ __all__ = [
     "Softmax",
     "SparseMLP",
     "StateDiT",
+    "Steps",
     "Switch",
     "Tap",
     "TimeCode",
@@ -181,6 +185,7 @@ CATALOGUE: dict[str, Card] = {
         summary="RWKV-7, Mamba or S4 in place of attention",
         flags=("sequence", "image"),
     ),
+    "continuous": Card(ContinuousUNet, paper="arXiv:2310.20092", summary="U-Net of neural ODEs", flags=("image",)),
 }
 
 

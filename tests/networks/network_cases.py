@@ -94,6 +94,10 @@ NETS = {
         nw.MaskedDiT(width=8, depth=2, heads=2, expand=2, decode=1, image_channels=2, token_parts=(1, 3), **FIELDS),
         (4, 6, 2),
     ),
+    "continuous": (
+        nw.ContinuousUNet(widths=(4, 8), head_size=4, code=8, solve=nw.Steps(1), image_channels=1, **FIELDS),
+        (4, 6, 2),
+    ),
 }
 FULL = ("mlp", "unet", "dit")  # tested in more detail, as they take all kinds
 
