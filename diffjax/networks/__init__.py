@@ -59,6 +59,7 @@ from diffjax.networks.unet import UNet
 from diffjax.networks.unet_parts import ResBlock, part
 from diffjax.networks.uvit import UViT
 from diffjax.networks.vecset import InducedSet, SetAttention, SetPooling, VecSet, farthest_points
+from diffjax.networks.wavelets import WaveletDown, WaveletUp, haar, inverse_haar, wavelet_down, wavelet_up
 from diffjax.types import Card
 
 __all__ = [
@@ -109,6 +110,8 @@ __all__ = [
     "UNet",
     "UViT",
     "VecSet",
+    "WaveletDown",
+    "WaveletUp",
     "attention_entropy",
     "canonical",
     "constrain",
@@ -124,8 +127,10 @@ __all__ = [
     "from_linen",
     "from_nnx",
     "grid_positions",
+    "haar",
     "halve",
     "initialise",
+    "inverse_haar",
     "magnitudes",
     "mp_cat",
     "mp_fourier",
@@ -156,6 +161,8 @@ __all__ = [
     "task_routed",
     "transformer",
     "unstack_blocks",
+    "wavelet_down",
+    "wavelet_up",
 ]
 
 CATALOGUE: dict[str, Card] = {
