@@ -18,6 +18,7 @@ from diffjax.losses.levels import ByNoiseLevel, by_noise_level, level_edges
 from diffjax.losses.likelihood import GaussianDecoder, LevelDecoder, discrete_bound, variational_bound
 from diffjax.losses.routing import router_loss
 from diffjax.losses.sides import SideOutputs, side_outputs
+from diffjax.losses.spectral import spectral_distance, spectral_distillation
 from diffjax.losses.uncertainty import Uncertainty, uncertainty
 from diffjax.prediction import EdmTarget
 from diffjax.times import laws
@@ -50,6 +51,6 @@ __all__ = [
     "SideOutputs", "Uncertainty", "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise",
     "denoising_loss", "discrete_bound", "distillation", "error_scale", "exact", "expert_load", "flow_matching",
     "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux", "minibatch_assignment",
-    "noise_prediction", "router_loss", "routers", "score_matching", "side_outputs", "sinkhorn", "task_prior",
-    "uncertainty", "v_prediction", "variational_bound",
+    "noise_prediction", "router_loss", "routers", "score_matching", "side_outputs", "sinkhorn", "spectral_distance",
+    "spectral_distillation", "task_prior", "uncertainty", "v_prediction", "variational_bound",
 ]  # fmt: skip

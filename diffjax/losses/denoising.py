@@ -5,7 +5,7 @@ arguments. Never reduced: one number per item.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ from diffjax.losses.coupling import independent
 from diffjax.numerics import PyTree, pytree_dataclass, static
 from diffjax.prediction import to_eps, to_score, to_v, to_velocity, to_x0
 from diffjax.times import laws
-from diffjax.types import Aux, Cond, Denoiser, Key, PerExample, Prediction, Process
+from diffjax.types import Aux, Cond, Denoiser, Evaluation, Key, PerExample, Prediction, Process
 
 Space = Callable[[Prediction, Process, Any], PyTree]
 
@@ -43,6 +43,20 @@ def log_variance_of_aux(aux: Any) -> Any:
     return aux["log_variance"]
 
 
+class Noised(NamedTuple):
+    """A batch as a denoiser is given it."""
+
+    x: PyTree
+    t: Any
+    eps: PyTree
+    cond: Cond
+    keys: Any  # of dropout, one per item
+
+    def evaluated(self, denoiser: Denoiser) -> Evaluation:
+        """What the denoiser says of it."""
+        return denoiser.evaluate(self.x, self.t, self.cond, key=self.keys)
+
+
 @pytree_dataclass
 class DenoisingLoss:
     """See `denoising_loss`. The numbers of the law and the weighting are leaves; the rest is static by value."""
@@ -65,6 +79,11 @@ class DenoisingLoss:
         Args: key: one key for the batch.   denoiser: its process adds the noise.   x0: [B, ...] or a pytree.   cond:
         batched condition or None.   items: [B] global positions of the items, default arange.
         """
+        noised = self.noised(key, denoiser, x0, cond, items)
+        return self.compared(noised, denoiser.process, x0, noised.evaluated(denoiser))
+
+    def noised(self, key: Key, denoiser: Denoiser, x0: PyTree, cond: Cond, items: Any) -> Noised:
+        """What is drawn for a batch: times, noise, and the conditions that are left."""
         items, process = nu.item_indices(items, nu.batch_size(x0)), denoiser.process
         k_time, k_noise, k_drop, k_net = jax.random.split(key, 4)
         t = self.times(k_time, process, items)
@@ -73,8 +92,12 @@ class DenoisingLoss:
             k_cond, k_drop = jax.random.split(k_drop)
             cond = self.condition(k_cond, cond, t, items)
         cond = drop_labels(k_drop, denoiser, cond, items, self.label_drop)
-        e = denoiser.evaluate(process.add_noise(x0, eps, t), t, cond, key=nu.item_keys(k_net, items))
-        target = self.space(Prediction(x0, eps), process, t)
+        return Noised(process.add_noise(x0, eps, t), t, eps, cond, nu.item_keys(k_net, items))
+
+    def compared(self, noised: Noised, process: Process, x0: PyTree, e: Evaluation) -> tuple[PerExample, Aux]:
+        """Losses [B] and `aux` of an evaluation at what was drawn."""
+        t = noised.t
+        target = self.space(Prediction(x0, noised.eps), process, t)
         mse = mean_square(nu.sub(self.space(e.prediction, process, t), target))
         aux = {"t": t, "mse": mse, "log_snr": process.log_snr(t)}
         loss = mse
