@@ -167,6 +167,21 @@ def test_sit_has_the_networks_of_dit():
         assert nw.preset(f"sit-{size}/2") == nw.preset(f"dit-{size}/2")
 
 
+# Millions of parameters and "gigaflops" for 64 x 64 x 4 latents and 1000 classes: arXiv:2312.02696, Table 2. There a
+# multiplication with its addition counts as one, with the zeros around a picture too, and so does every other operation.
+EDM2 = {"xs": (125, 46), "s": (280, 102), "m": (498, 181), "l": (777, 282), "xl": (1119, 406), "xxl": (1523, 552)}
+
+
+@pytest.mark.parametrize("name", list(EDM2))
+def test_edm2_has_the_published_parameters_and_operations(name):
+    net = nw.preset(f"edm2-{name}", num_classes=1000)
+    x, t, label = jnp.zeros((1, 64, 64, 4)), jnp.zeros(1), jnp.zeros(1, jnp.int32)
+    params = jax.eval_shape(net.init, jax.random.key(0), x, t, label)["params"]
+    counted = flops.count(nw.from_linen(net), params, x, t, label)  # on a CPU convolutions are products, zeros included
+    found = nw.parameter_count(params) / 1e6, ((counted.matmul + counted.conv) / 2 + counted.other) / 1e9
+    assert found == pytest.approx(EDM2[name], abs=0.505)
+
+
 def test_an_unknown_name_is_refused():
     with pytest.raises(ValueError, match="unknown network 'dit-xll'.*Did you mean dit-xl"):
         nw.preset("dit-xll")
