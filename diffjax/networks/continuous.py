@@ -11,7 +11,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies
 from diffjax.networks.layers import (
@@ -20,14 +19,14 @@ from diffjax.networks.layers import (
     Dense,
     GroupNorm,
     at_least_float32,
-    double,
-    halve,
     modulate,
     rematerialised,
 )
 from diffjax.networks.partition import ATTENTION, CODE, COLUMN, FILM, RESIDUAL, Rules, constrain
+from diffjax.networks.resample import double, halve
 from diffjax.networks.taps import Tap
 from diffjax.networks.unet import check_levels
+from diffjax.networks.unet_parts import attend
 
 Acceleration = Callable[[Any, Any, Any], Any]  # (z, v, tau) -> z''
 Pair = tuple[Any, Any]
@@ -164,13 +163,7 @@ class DynamicBlock(nn.Module):
         z, _ = self.solve(lambda z, v, tau: pure.apply(variables, z, v, c, tau), z, v)
         x = constrain(z.astype(x.dtype), "batch", ...)
         if self.heads:
-            flat = lambda a: a.reshape(a.shape[0], -1, n)
-            h = flat(GroupNorm(name="norm_attention")(x))
-            x = x + Attention(self.heads, zero=True, dtype=self.dtype, name="attention")(h).reshape(x.shape)
-            if tokens is not None:
-                h = flat(GroupNorm(name="norm_cross")(x))
-                cross = Attention(self.heads, zero=True, dtype=self.dtype, name="cross")
-                x = x + cross(h, tokens, mask).reshape(x.shape)
+            x = attend(x, tokens, mask, heads=self.heads, dtype=self.dtype)
         return Tap(name="block")(x)
 
 

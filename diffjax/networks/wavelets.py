@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from diffjax.networks.layers import Dense, at_least_float32, spread
 from diffjax.networks.taps import Tap
+from diffjax.networks.unet_parts import Site
 
 Bands = tuple[Any, Any, Any, Any]  # LL, LH, HL, HH
 
@@ -123,11 +124,11 @@ class WaveletUp(nn.Module):
 # ------------------------------------------------------------------------- what a U-Net takes as `down` and `up`
 
 
-def wavelet_down(h: Any, site: Any) -> Any:
-    """Down by gated bands, see `WaveletDown`."""
+def wavelet_down(h: Any, site: Site) -> Any:
+    """Down by gated bands, see `WaveletDown`; of pictures, by a factor of two."""
     return WaveletDown(name=site.name)(h)
 
 
-def wavelet_up(h: Any, site: Any) -> Any:
-    """Up by gated bands and to a quarter of the channels, see `WaveletUp`."""
+def wavelet_up(h: Any, site: Site) -> Any:
+    """Up by gated bands and to a quarter of the channels, see `WaveletUp`; of pictures, by two."""
     return WaveletUp(name=site.name)(h)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffjax import networks as nw
-from diffjax.networks.layers import double, halve
+from diffjax.networks.resample import double, halve
 from diffjax.networks.wavelets import Gates, gated
 
 RNG = np.random.default_rng(0)
