@@ -62,7 +62,7 @@ def predict(net, params, x, t, label):
 
 def run(preset):
     full = preset == "full"
-    steps, batch, seeds, repeats, widths, blocks = (1500, 32, 2, 8, (16, 32), 2) if full else (2, 4, 1, 1, (4, 8), 1)
+    steps, batch, seeds, repeats, widths, blocks = (800, 32, 2, 4, (16, 32), 2) if full else (2, 4, 1, 1, (4, 8), 1)
     digits = data.load("digits")
     pool = jax.tree.map(jnp.asarray, {k: v for k, v in digits.read("train", 997).items() if k in ("x", "label")})
     test = digits.read("test", 360 if full else 8)

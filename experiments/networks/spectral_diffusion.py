@@ -34,7 +34,7 @@ RECIPE = Recipe(
     },
     minutes=2,
 )
-PROCESS = processes.vp()
+PROCESS = processes.rectified()
 SLIM = {"down": networks.wavelet_down, "up": networks.wavelet_up}
 
 
@@ -68,7 +68,7 @@ def spectrum_error(x):
 
 def train(net, loss, params, pool, *, steps, batch, rate=2e-3):
     """Averaged parameters after that many steps."""
-    model = lambda p: diffjax.denoiser(net, PROCESS, diffjax.from_eps, p)
+    model = lambda p: diffjax.denoiser(net, PROCESS, diffjax.from_velocity, p)
     optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=steps // 10), clip=1.0)
     emas = {"mean": training.ema.decay(0.98)}
     step = training.make_train_step(model, loss, optimizer, emas=emas, guard=False)
@@ -83,42 +83,39 @@ def train(net, loss, params, pool, *, steps, batch, rate=2e-3):
 
 def draw(net, params, solver, n, size):
     """Samples, of the same noise for every network."""
-    denoiser = diffjax.denoiser(net, PROCESS, diffjax.from_eps, params)
+    denoiser = diffjax.denoiser(net, PROCESS, diffjax.from_velocity, params)
     return diffjax.sample(jax.random.key(3), denoiser, solver, PROCESS.prior(jax.random.key(4), (n, size, size, 1)))
 
 
 def run(preset):
-    size, n, steps, batch, seeds, widths, evaluations = (
-        (16, 512, 800, 32, 3, (24, 48), 20) if preset == "full" else (8, 8, 2, 4, 2, (8, 16), 2)
+    size, n, steps, batch, seeds, widths, slim, evaluations = (
+        (8, 512, 800, 32, 3, (16, 32), (4, 12), 15) if preset == "full" else (8, 8, 2, 4, 1, (4, 8), (4, 4), 2)
     )
-    slim = tuple(w // 3 for w in widths) if preset == "full" else (4, 4)
     x, t = np.zeros((1, size, size, 1), np.float32), np.zeros(1, np.float32)
     make = lambda widths, **parts: networks.from_linen(networks.UNet(widths=widths, attention=(), code=32, **parts))
     big, small = make(widths), make(slim, **SLIM)
     shape = lambda net: jax.eval_shape(net.init, jax.random.key(0), x, t)
     operations = [flops.count(net, shape(net), x, t).total for net in (big, small)]
 
-    pool, base = jnp.asarray(textures(1, 8192, size)), losses.noise_prediction()
+    pool, base = jnp.asarray(textures(1, 8192, size)), losses.flow_matching()
     solver = solvers.recommended(PROCESS, evaluations)
-    teacher = jax.jit(lambda p: train(big, base, p, pool, steps=steps, batch=batch))(big.init(jax.random.key(0), x, t))
+    start = big.init(jax.random.key(0), x, t)
+    teacher = jax.jit(lambda p, pool: train(big, base, p, pool, steps=steps, batch=batch))(start, pool)
 
-    def student(params, alpha, teacher):
-        teacher = diffjax.denoiser(big, PROCESS, diffjax.from_eps, teacher)
+    def student(params, alpha, teacher, pool):
+        teacher = diffjax.denoiser(big, PROCESS, diffjax.from_velocity, teacher)
         loss = losses.spectral_distillation(base, teacher, alpha=alpha)
         return train(small, loss, params, pool, steps=steps, batch=batch)
 
     inits = [small.init(jax.random.key(10 + i), x, t) for i in range(seeds)]
     inits = jax.tree.map(lambda *leaves: jnp.stack(leaves + leaves), *inits)  # plain, then weighted
     alphas = jnp.repeat(jnp.asarray([0.0, -1.0]), seeds)
-    students = jax.jit(jax.vmap(student, (0, 0, None)))(inits, alphas, teacher)
+    students = jax.jit(jax.vmap(student, (0, 0, None, None)))(inits, alphas, teacher, pool)
 
     true = jax.jit(draw, static_argnums=(0, 3, 4))(big, teacher, solver, n, size)
     found = jax.jit(jax.vmap(lambda p: draw(small, p, solver, n, size)))(students)
     low, high = np.array([spectrum_error(s) for s in found]).reshape(2, seeds, 2).transpose(2, 0, 1)
     bands = networks.haar(pool[:8])
-    gates = jax.jit(networks.tapped(small, read="halve_1/gate/gates"))
-    g = [gates(jax.tree.map(lambda a: a[-1], students), pool[:64], np.float32(s))[1] for s in (0.1, 0.9)]
-    g = [np.mean(next(iter(a.values())), 0) for a in g]
     return {
         "operations_ratio": operations[1] / operations[0],
         "high_error_plain": high[0].mean(),
@@ -129,7 +126,6 @@ def run(preset):
         "low_error_weighted": low[1].mean(),
         "high_error_teacher": spectrum_error(true)[1],
         "high_error_of_data": spectrum_error(textures(2, n, size))[1],
-        "gates_from_late_to_early": np.abs(g[1] - g[0]).max(),
         "reconstruction_error": np.abs(networks.inverse_haar(bands) - pool[:8]).max(),
         "teacher_grid": np.asarray(true[:16]),
         "plain_grid": np.asarray(found[0, :16]),
