@@ -183,6 +183,16 @@ PAPERS: dict[str, Paper] = {
     "arXiv:2310.20092": Paper(
         "Calvo-Ordonez, Sergio and Cheng, Chun-Wun and Huang, Jiahao and Zhang, Lipei and Yang, Guang and Schonlieb, "
         "Carola-Bibiane and Aviles-Rivero, Angelica I.", 2023, "The Missing U for Efficient Diffusion Models"),
+    "arXiv:2112.10752": Paper("Rombach, Robin and Blattmann, Andreas and Lorenz, Dominik and Esser, Patrick and Ommer, Bjorn", 2022,
+                              "High-Resolution Image Synthesis with Latent Diffusion Models"),
+    "arXiv:2012.09841": Paper("Esser, Patrick and Rombach, Robin and Ommer, Bjorn", 2021,
+                              "Taming Transformers for High-Resolution Image Synthesis"),
+    "arXiv:1711.00937": Paper("van den Oord, Aaron and Vinyals, Oriol and Kavukcuoglu, Koray", 2017,
+                              "Neural Discrete Representation Learning"),
+    "arXiv:1801.03924": Paper("Zhang, Richard and Isola, Phillip and Efros, Alexei A. and Shechtman, Eli and Wang, Oliver", 2018,
+                              "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"),
+    "arXiv:1611.07004": Paper("Isola, Phillip and Zhu, Jun-Yan and Zhou, Tinghui and Efros, Alexei A.", 2017,
+                              "Image-to-Image Translation with Conditional Adversarial Networks"),
 }  # fmt: skip
 
 

@@ -16,7 +16,10 @@ import numpy as np
 
 from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.attention import Attention
+from diffjax.networks.autoencoders import KLAutoencoder, VQAutoencoder
 from diffjax.networks.classifier import Classifier
+from diffjax.networks.codebook import Codebook, Quantised, nearest, restart_codes
+from diffjax.networks.codec import Autoencoder, AutoencoderOf, Posterior, autoencoder
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.continuous import Adaptive, ContinuousUNet, Steps
 from diffjax.networks.delta_rule import delta_chunked, delta_scan
@@ -29,26 +32,16 @@ from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle
-from diffjax.networks.magnitude import (
-    CosineAttention,
-    MPConv,
-    MPDense,
-    MPEmbedding,
-    mp_cat,
-    mp_fourier,
-    mp_silu,
-    mp_sum,
-    pixel_norm,
-)
+from diffjax.networks.magnitude import CosineAttention, MPConv, MPDense, MPEmbedding, mp_cat, mp_fourier, mp_silu, mp_sum, pixel_norm
 from diffjax.networks.mamba import Mamba, selective_chunked, selective_scan
 from diffjax.networks.masked_dit import MaskedDiT
 from diffjax.networks.mlp import MLP
 from diffjax.networks.mmdit import MMDiT
 from diffjax.networks.partition import constrain
 from diffjax.networks.positions import Learned, Rope, Sincos, rotate
-from diffjax.networks.presets import PRESETS, preset
+from diffjax.networks.presets import AUTOENCODER_PRESETS, PRESETS, preset
 from diffjax.networks.resample import double, fir_double, fir_halve, halve
-from diffjax.networks.rwkv import RWKV7, nearest, pad_left
+from diffjax.networks.rwkv import RWKV7, pad_left, stretch
 from diffjax.networks.s4 import S4D
 from diffjax.networks.state_dit import Softmax, StateDiT
 from diffjax.networks.taps import Tap, magnitudes, per_layer, tap_names, tapped
@@ -63,12 +56,17 @@ from diffjax.networks.wavelets import WaveletDown, WaveletUp, haar, inverse_haar
 from diffjax.types import Card
 
 __all__ = [
+    "AUTOENCODERS",
+    "AUTOENCODER_PRESETS",
     "Adaptive",
     "Attention",
+    "Autoencoder",
+    "AutoencoderOf",
     "Branch",
     "CATALOGUE",
     "Circle",
     "Classifier",
+    "Codebook",
     "Condition",
     "ContinuousUNet",
     "Conv",
@@ -81,6 +79,7 @@ __all__ = [
     "FromNNX",
     "InducedAttention",
     "InducedSet",
+    "KLAutoencoder",
     "LabelEmbedding",
     "Learned",
     "MLP",
@@ -91,6 +90,8 @@ __all__ = [
     "Mamba",
     "MaskedDiT",
     "PRESETS",
+    "Posterior",
+    "Quantised",
     "RWKV7",
     "ResBlock",
     "Rope",
@@ -109,10 +110,12 @@ __all__ = [
     "TokenDiT",
     "UNet",
     "UViT",
+    "VQAutoencoder",
     "VecSet",
     "WaveletDown",
     "WaveletUp",
     "attention_entropy",
+    "autoencoder",
     "canonical",
     "constrain",
     "delta_chunked",
@@ -148,6 +151,7 @@ __all__ = [
     "preset",
     "random_parameters",
     "read_condition",
+    "restart_codes",
     "rotate",
     "selective_chunked",
     "selective_scan",
@@ -155,6 +159,7 @@ __all__ = [
     "slices",
     "sparse",
     "stack_blocks",
+    "stretch",
     "switch",
     "tap_names",
     "tapped",
@@ -175,8 +180,6 @@ CATALOGUE: dict[str, Card] = {
     "edm2_mlp": Card(EDM2MLP, paper="arXiv:2312.02696", summary="magnitude-preserving MLP", flags=("vector",)),
     "uvit": Card(UViT, paper="arXiv:2209.12152#3", summary="all inputs as tokens, long skips", flags=("image",)),
     "mmdit": Card(MMDiT, paper="arXiv:2403.03206#4", summary="two streams, one joint attention", flags=("image",)),
-    "dit_moe": Card(DiT, paper="arXiv:2407.11633", summary="DiT with feed_forward=sparse(...)", flags=("image",)),
-    "switch_dit": Card(DiT, paper="arXiv:2403.09176", summary="DiT with route=switch(...)", flags=("image",)),
     "dimr": Card(
         DiMR, paper="arXiv:2406.09416", summary="branches of rising resolution, time in norms", flags=("image",)
     ),
@@ -193,6 +196,15 @@ CATALOGUE: dict[str, Card] = {
         flags=("sequence", "image"),
     ),
     "continuous": Card(ContinuousUNet, paper="arXiv:2310.20092", summary="U-Net of neural ODEs", flags=("image",)),
+}
+
+
+# with methods `encode` and `decode` instead of a call at a time, see `codec`
+AUTOENCODERS: dict[str, Card] = {
+    "kl": Card(
+        KLAutoencoder, paper="arXiv:2112.10752#3.1", summary="latent of independent Gaussians", flags=("image",)
+    ),
+    "vq": Card(VQAutoencoder, paper="arXiv:2012.09841#3.1", summary="latent of codes, or tokens", flags=("image",)),
 }
 
 

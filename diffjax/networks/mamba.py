@@ -14,7 +14,7 @@ from jax import lax
 
 from diffjax.networks.layers import Dense, fan_in_uniform
 from diffjax.networks.partition import COLUMN, ROW, Rules, constrain
-from diffjax.networks.rwkv import nearest
+from diffjax.networks.rwkv import stretch
 from diffjax.networks.taps import Tap
 
 MAMBA: Rules = (
@@ -134,7 +134,7 @@ class Mamba(nn.Module):
     expand: int = 2
     states: int = 16
     window: int = 4  # of the convolution
-    align: Callable[[Any, int], Any] = nearest
+    align: Callable[[Any, int], Any] = stretch
     form: Callable[..., tuple[Any, Any]] = selective_chunked  # or selective_scan
 
     @nn.compact

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks import dimr, dit, edm2, masked_dit, mmdit, task_routing, unet_presets, uvit
+from diffjax.networks import autoencoders, dimr, dit, edm2, masked_dit, mmdit, task_routing, unet_presets, uvit
 
 # name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -20,12 +20,14 @@ PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     **dimr.PRESETS,
     **masked_dit.PRESETS,
 }
+AUTOENCODER_PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {**autoencoders.PRESETS}
 
 
 def preset(name: str, **fields: Any) -> nn.Module:
-    """The network of a published name.
+    """The network, or the autoencoder, of a published name.
 
-    Args: name: such as `dit-xl/2` (size/patch), see `PRESETS`.   fields: any field of the network, such as num_classes.
+    Args: name: such as `dit-xl/2` (size/patch), see `PRESETS` and
+        `AUTOENCODER_PRESETS`.   fields: any field of the network, such as num_classes.
     Raises: ValueError: unknown name.
 
     Example:
@@ -33,9 +35,10 @@ def preset(name: str, **fields: Any) -> nn.Module:
         >>> net.width, net.depth, net.heads, net.patch
         (768, 12, 12, 4)
     """
-    if name not in PRESETS:
-        close = difflib.get_close_matches(name, PRESETS, 3, 0.4)
+    known = PRESETS | AUTOENCODER_PRESETS
+    if name not in known:
+        close = difflib.get_close_matches(name, known, 3, 0.4)
         hint = f" Did you mean {' or '.join(close)}?" if close else ""
-        raise ValueError(f"unknown network {name!r}.{hint} There are {', '.join(PRESETS)}")
-    make, given = PRESETS[name]
+        raise ValueError(f"unknown network {name!r}.{hint} There are {', '.join(known)}")
+    make, given = known[name]
     return make(**given | fields)

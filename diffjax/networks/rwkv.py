@@ -23,11 +23,11 @@ RWKV: Rules = (
 )
 
 
-def nearest(tokens: Any, length: int) -> jax.Array:
+def stretch(tokens: Any, length: int) -> jax.Array:
     """The tokens, repeated or left out so that there are `length`.   y_i = c_floor(i S / L)   [B, S, d] -> [B, L, d]
 
     Example:
-        >>> nearest(jnp.arange(2.0).reshape(1, 2, 1), 4).ravel().tolist()
+        >>> stretch(jnp.arange(2.0).reshape(1, 2, 1), 4).ravel().tolist()
         [0.0, 0.0, 1.0, 1.0]
     """
     return jnp.asarray(tokens)[:, np.arange(length) * tokens.shape[1] // length]
@@ -46,7 +46,7 @@ def pad_left(tokens: Any, length: int) -> jax.Array:
     if missing < 0:
         raise ValueError(
             f"pad_left needs at most as many tokens as the state has; got {tokens.shape[1]} tokens for {length}. "
-            "Use nearest, or fewer tokens"
+            "Use stretch, or fewer tokens"
         )
     return jnp.pad(tokens, ((0, 0), (missing, 0), (0, 0)))
 
@@ -120,7 +120,7 @@ class RWKV7(nn.Module):
     heads: int
     zero: bool = False  # start with a zero output
     dtype: Any = jnp.float32
-    align: Callable[[Any, int], Any] = nearest
+    align: Callable[[Any, int], Any] = stretch
     swapped: bool = False
     reach: float = 1.0  # of the learning rate; up to 2, where the state can be reflected and not only erased
     form: Callable[..., tuple[Any, Any]] = delta_chunked  # or delta_scan

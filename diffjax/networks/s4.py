@@ -12,7 +12,7 @@ from jax import lax
 
 from diffjax.networks.layers import Dense
 from diffjax.networks.partition import COLUMN, ROW, Rules
-from diffjax.networks.rwkv import nearest
+from diffjax.networks.rwkv import stretch
 from diffjax.networks.taps import Tap
 
 S4: Rules = ((r"mix\w*/(gated_a|gated_b)/(kernel|bias)$", COLUMN), (r"mix\w*/out/kernel$", ROW))
@@ -96,7 +96,7 @@ class S4D(nn.Module):
         d, n = x.shape[-1], self.states // 2
         u = x.astype(self.dtype)
         if tokens is not None:
-            given = nearest(tokens.astype(self.dtype), x.shape[1])
+            given = stretch(tokens.astype(self.dtype), x.shape[1])
             u = u + Dense(d, bias=False, dtype=self.dtype, name="tokens")(given)
         u = Tap(name="u")(u.astype(jnp.float32))
         spread = lambda key, shape: jnp.asarray(np.log(np.geomspace(1e-3, 1e-1, shape[0])), jnp.float32)

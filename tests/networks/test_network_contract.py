@@ -28,9 +28,9 @@ def plain(any_case):
 
 
 def test_every_catalogue_entry_is_tested_here():
-    assert set(NETS) == set(nw.CATALOGUE)
+    assert {card.build for card in nw.CATALOGUE.values()} == {type(net) for net, _ in NETS.values()}
     for name, (net, _) in NETS.items():
-        assert nw.CATALOGUE[name].build is type(net)
+        assert name not in nw.CATALOGUE or nw.CATALOGUE[name].build is type(net)
         assert hash(net) == hash(net.clone()) and net == net.clone()
 
 

@@ -100,8 +100,8 @@ def test_the_long_convolution_is_the_recurrence_and_the_differential_equation():
 
 def test_lengths_are_adapted_in_two_ways():
     tokens = np.arange(1.0, 4.0, dtype=np.float32).reshape(1, 3, 1)
-    assert rwkv.nearest(tokens, 6).ravel().tolist() == [1, 1, 2, 2, 3, 3]
-    assert rwkv.nearest(tokens, 2).ravel().tolist() == [1, 2]
+    assert rwkv.stretch(tokens, 6).ravel().tolist() == [1, 1, 2, 2, 3, 3]
+    assert rwkv.stretch(tokens, 2).ravel().tolist() == [1, 2]
     assert rwkv.pad_left(tokens, 5).ravel().tolist() == [0, 0, 1, 2, 3]
     with pytest.raises(ValueError, match="at most as many tokens"):
         rwkv.pad_left(tokens, 2)
