@@ -1,6 +1,15 @@
 """Losses `(key, denoiser, x0, cond, items=None) -> ([B], aux)`, never reduced, and couplings of noise and data."""
 
 from diffjax.losses.balance import balance, expert_load, routers, task_prior
+from diffjax.losses.autoencode import (
+    absolute,
+    adversarial_loss,
+    autoencoder_loss,
+    hinge,
+    perceptual,
+    squared,
+    vanilla,
+)
 from diffjax.losses.checks import check_batch, check_labels
 from diffjax.losses.condition import ConditionNoise, condition_noise
 from diffjax.losses.coupling import exact, independent, k_nearest_noise, minibatch_assignment, sinkhorn
@@ -46,11 +55,19 @@ COUPLINGS: dict[str, Card] = {
     "k_nearest_noise": Card(k_nearest_noise, "arXiv:2505.18521", "the nearest of k noises"),
 }
 
+# of autoencoders: what they compare, and how a discriminator is trained
+AUTOENCODING: dict[str, Card] = {
+    "autoencoder": Card(autoencoder_loss, "arXiv:2112.10752#AppG", "reconstruction and the term of the latent"),
+    "perceptual": Card(perceptual, "arXiv:1801.03924#Eq.1", "distance of normalised features of a network"),
+    "adversarial": Card(adversarial_loss, "arXiv:2012.09841#Eq.7", "patch discriminator with adaptive weight"),
+}
+
 __all__ = [
-    "ByNoiseLevel", "CATALOGUE", "COUPLINGS", "ConditionNoise", "Distillation", "GaussianDecoder", "LevelDecoder",
-    "SideOutputs", "Uncertainty", "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise",
-    "denoising_loss", "discrete_bound", "distillation", "error_scale", "exact", "expert_load", "flow_matching",
-    "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux", "minibatch_assignment",
-    "noise_prediction", "router_loss", "routers", "score_matching", "side_outputs", "sinkhorn", "spectral_distance",
-    "spectral_distillation", "task_prior", "uncertainty", "v_prediction", "variational_bound",
+    "AUTOENCODING", "ByNoiseLevel", "CATALOGUE", "COUPLINGS", "ConditionNoise", "Distillation", "GaussianDecoder",
+    "LevelDecoder", "SideOutputs", "Uncertainty", "absolute", "adversarial_loss", "autoencoder_loss", "balance",
+    "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound",
+    "distillation", "error_scale", "exact", "expert_load", "flow_matching", "hinge", "independent", "k_nearest_noise",
+    "level_edges", "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "perceptual", "router_loss",
+    "routers", "score_matching", "side_outputs", "sinkhorn", "spectral_distance", "spectral_distillation", "squared",
+    "task_prior", "uncertainty", "v_prediction", "vanilla", "variational_bound",
 ]  # fmt: skip

@@ -24,6 +24,7 @@ from diffjax.networks.conditions import Condition, null_condition, read_conditio
 from diffjax.networks.continuous import Adaptive, ContinuousUNet, Steps
 from diffjax.networks.delta_rule import delta_chunked, delta_scan
 from diffjax.networks.dimr import Branch, DiMR, TimeNorm
+from diffjax.networks.discriminator import Adversary, PatchDiscriminator, adversary
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
@@ -32,7 +33,17 @@ from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle
-from diffjax.networks.magnitude import CosineAttention, MPConv, MPDense, MPEmbedding, mp_cat, mp_fourier, mp_silu, mp_sum, pixel_norm
+from diffjax.networks.magnitude import (
+    CosineAttention,
+    MPConv,
+    MPDense,
+    MPEmbedding,
+    mp_cat,
+    mp_fourier,
+    mp_silu,
+    mp_sum,
+    pixel_norm,
+)
 from diffjax.networks.mamba import Mamba, selective_chunked, selective_scan
 from diffjax.networks.masked_dit import MaskedDiT
 from diffjax.networks.mlp import MLP
@@ -59,6 +70,7 @@ __all__ = [
     "AUTOENCODERS",
     "AUTOENCODER_PRESETS",
     "Adaptive",
+    "Adversary",
     "Attention",
     "Autoencoder",
     "AutoencoderOf",
@@ -90,6 +102,7 @@ __all__ = [
     "Mamba",
     "MaskedDiT",
     "PRESETS",
+    "PatchDiscriminator",
     "Posterior",
     "Quantised",
     "RWKV7",
@@ -114,6 +127,7 @@ __all__ = [
     "VecSet",
     "WaveletDown",
     "WaveletUp",
+    "adversary",
     "attention_entropy",
     "autoencoder",
     "canonical",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -104,6 +106,26 @@ def adamw(
         raise ValueError(f"weight_decay must not be negative; got {weight_decay}")
     adam = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=decay_mask, mu_dtype=moment_dtype)
     return adam if clip is None else optax.chain(optax.clip_by_global_norm(clip), adam)
+
+
+def by_path(rules: Mapping[str, optax.GradientTransformation], rest: optax.GradientTransformation) -> Any:
+    """An optimiser for each part of the parameters, by the names of the arrays.
+
+    Clipping and moments of one do not see the arrays of another.
+    Args: rules: regular expression -> optimiser; the first that is found in the path `a/b/c` of an array decides.   rest: of
+        all other arrays.
+
+    Example:
+        >>> both = by_path({"^age$": optax.sgd(1.0)}, optax.sgd(0.5))
+        >>> p = {"age": jnp.zeros(()), "w": jnp.zeros(())}
+        >>> updates, _ = both.update({"age": jnp.ones(()), "w": jnp.ones(())}, both.init(p), p)
+        >>> float(updates["age"]), float(updates["w"])
+        (-1.0, -0.5)
+    """
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    part = lambda path: next((rule for rule in rules if re.search(rule, name(path))), "")
+    labels = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: part(path), params)
+    return optax.multi_transform({**rules, "": rest}, labels)
 
 
 def matrices(params: PyTree) -> PyTree:
