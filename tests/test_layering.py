@@ -32,9 +32,10 @@ ALLOWED = {
     "adjoint": MIDDLE | {"solvers", "sampling"},
     "testing": MIDDLE | {"solvers", "sampling"},
     "training": MIDDLE | {"losses"},
+    "latent": MIDDLE | {"networks", "data", "training"},
     "references": BASE,
     "cli": MIDDLE
-    | {"losses", "solvers", "guidance", "metrics", "data", "networks", "sampling", "training", "references"},
+    | {"losses", "solvers", "guidance", "metrics", "data", "networks", "sampling", "training", "latent", "references"},
     "__main__": {"cli"},
 }
 

@@ -10,6 +10,7 @@ from diffjax.metrics.neighbours import density_coverage, precision_recall
 from diffjax.metrics.scores import average, distribution_scores, table
 from diffjax.metrics.streaming import Moments, evaluate, merge_all, merge_moments, moments_of, score
 from diffjax.metrics.transport import exact_w2, sliced_wasserstein
+from diffjax.metrics.usage import code_usage
 from diffjax.metrics.weights import weights_file
 from diffjax.types import Card
 
@@ -37,6 +38,7 @@ __all__ = [
     "c2st",
     "check_samples",
     "classifier",
+    "code_usage",
     "density_coverage",
     "distribution_scores",
     "energy",

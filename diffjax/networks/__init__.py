@@ -20,6 +20,7 @@ from diffjax.networks.autoencoders import KLAutoencoder, VQAutoencoder
 from diffjax.networks.classifier import Classifier
 from diffjax.networks.codebook import Codebook, Quantised, nearest, restart_codes
 from diffjax.networks.codec import Autoencoder, AutoencoderOf, Posterior, autoencoder
+from diffjax.networks.components import start_linear
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.continuous import Adaptive, ContinuousUNet, Steps
 from diffjax.networks.delta_rule import delta_chunked, delta_scan
@@ -173,6 +174,7 @@ __all__ = [
     "slices",
     "sparse",
     "stack_blocks",
+    "start_linear",
     "stretch",
     "switch",
     "tap_names",

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.codebook import Codebook, Quantised
 from diffjax.networks.codec import Posterior
+from diffjax.networks.components import fold, linear_paths, unfold
 from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, double, rematerialised
 from diffjax.networks.partition import RESIDUAL, Rules, constrain
 from diffjax.networks.strided import StridedConv
@@ -63,7 +64,7 @@ class PixelAttention(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Pictures to a grid 2^(levels - 1) times coarser.   [B, H, W, C] -> [B, h, w, out]"""
+    """Pictures to a grid `patch` 2^(levels - 1) times coarser.   [B, H, W, C] -> [B, h, w, out]"""
 
     widths: tuple[int, ...]
     blocks: int
@@ -72,6 +73,7 @@ class Encoder(nn.Module):
     middle_attention: bool
     groups: int | None
     act: Callable[[Any], Any]
+    patch: int
     form: ConvForm | None
     remat: str
     dtype: Any
@@ -80,7 +82,8 @@ class Encoder(nn.Module):
     def __call__(self, x: Any) -> Any:
         """The features of x."""
         block, attend = _parts(self)
-        h = Conv(self.widths[0], form=self.form, dtype=self.dtype, name="in")(x.astype(self.dtype))
+        h = fold(x.astype(self.dtype), self.patch)
+        h = Conv(self.widths[0], form=self.form, dtype=self.dtype, name="in")(h)
         for i, n in enumerate(self.widths):
             for j in range(self.blocks):
                 h = block(n, f"down_{i}_{j}")(h)
@@ -106,6 +109,7 @@ class Decoder(nn.Module):
     middle_attention: bool
     groups: int | None
     act: Callable[[Any], Any]
+    patch: int
     form: ConvForm | None
     remat: str
     dtype: Any
@@ -127,7 +131,8 @@ class Decoder(nn.Module):
             if i:
                 h = Conv(n, form=self.form, dtype=self.dtype, name=f"double_{i}")(double(h))
         h = self.act(GroupNorm(self.groups, name="norm_out")(h))
-        return Conv(self.out, form=self.form, dtype=self.dtype, name="out")(h)
+        h = Conv(self.out * self.patch**2, form=self.form, dtype=self.dtype, name="out")(h)
+        return unfold(h, self.patch)
 
 
 def _parts(net: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -140,7 +145,7 @@ def _parts(net: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
 def _check(net: Any, x: Any) -> Any:
     """A picture that fits.   Raises: ValueError: integers, another rank, sizes that do not divide, levels that are none."""
     name, levels = type(net).__name__, len(net.widths)
-    factor = 2 ** (levels - 1)
+    factor = net.patch * 2 ** (levels - 1)
     if levels == 0 or net.blocks < 1 or any(not 0 <= i < levels for i in net.attention):
         raise ValueError(
             f"{name} needs at least one width, blocks >= 1 and attention at levels of widths; got {net.widths}, "
@@ -151,8 +156,8 @@ def _check(net: Any, x: Any) -> Any:
         raise ValueError(f"{name} takes floating pictures [B, H, W, C]; got {x.dtype} {x.shape}. Encode the data first")
     if x.shape[1] % factor or x.shape[2] % factor:
         raise ValueError(
-            f"{name} with {levels} levels needs height and width divisible by {factor}; got pictures of shape {x.shape}. "
-            "Pad them, or use fewer widths"
+            f"{name} with {levels} levels and patch={net.patch} needs height and width divisible by {factor}; got pictures "
+            f"of shape {x.shape}. Pad them, or use fewer widths"
         )
     return x
 
@@ -163,8 +168,8 @@ def _check(net: Any, x: Any) -> Any:
 class KLAutoencoder(nn.Module):
     """The autoencoder of latent diffusion with a Gaussian latent.   [B, H, W, C] <-> [B, H / f, W / f, latent_channels]
 
-    f = 2^(levels - 1). Level i of encoder and decoder works at H / 2^i, downwards with `blocks` residual blocks a level,
-    upwards with one more, two in the middle around an attention. Taps: `encoder/{down_i_j,middle_j}/{residual,block}`,
+    f = patch 2^(levels - 1). Level i works at H / (patch 2^i), downwards with `blocks` residual blocks, upwards with one
+    more, two in the middle around an attention. Taps: `encoder/{down_i_j,middle_j}/{residual,block}`,
     `decoder/{middle_j,up_i_j}/...`, `.../{attention_i_j,middle_attention}/{q,k,v,logits,weights}`.
     Methods: `encode(x) -> Posterior`, log-variance clipped to [-30, 20]; `decode(z) -> x`; the call is
     `decode(encode(x).mean)`.
@@ -188,6 +193,8 @@ class KLAutoencoder(nn.Module):
     quant_conv: bool = True  # a linear map of each place after the encoder
     post_quant_conv: bool = True  # and one before the decoder
     out_channels: int = 3
+    patch: int = 1  # pixels are folded into channels by squares of this side, which makes the first level cheaper
+    linear: bool = False  # add linear maps of squares of f x f pixels to the mean of the latent and back, see below
     groups: int | None = None  # of the norms; default: of four channels or more, at most 32
     act: Callable[[Any], Any] = nn.silu
     conv: ConvForm | None = None
@@ -199,16 +206,19 @@ class KLAutoencoder(nn.Module):
         """The parts."""
         self.encoder, self.decoder = _coders(self, 2)
         self.quant, self.post_quant = _maps(self, 2)
+        self.linear_in, self.linear_out = linear_paths(self)
 
     def encode(self, x: Any) -> Posterior:
         """The Gaussian posterior of x."""
-        h = self.quant(self.encoder(_check(self, x)))
-        mean, log_variance = jnp.split(h.astype(at_least_float32(jnp.asarray(x).dtype)), 2, axis=-1)
-        return Posterior(mean, jnp.clip(log_variance, *CLIP))
+        x = _check(self, x)
+        h = self.quant(self.encoder(x)).astype(at_least_float32(x.dtype))
+        mean, log_variance = jnp.split(h, 2, axis=-1)
+        return Posterior(mean + self.linear_in(x), jnp.clip(log_variance, *CLIP))
 
     def decode(self, z: Any) -> jax.Array:
         """The picture of the latent z."""
-        return self.decoder(self.post_quant(z)).astype(at_least_float32(jnp.asarray(z).dtype))
+        z = jnp.asarray(z)
+        return self.decoder(self.post_quant(z)).astype(at_least_float32(z.dtype)) + self.linear_out(z)
 
     def __call__(self, x: Any) -> jax.Array:
         """Encode and decode."""
@@ -243,6 +253,8 @@ class VQAutoencoder(nn.Module):
     quant_conv: bool = True
     post_quant_conv: bool = True
     out_channels: int = 3
+    patch: int = 1
+    linear: bool = False
     groups: int | None = None
     act: Callable[[Any], Any] = nn.silu
     conv: ConvForm | None = None
@@ -254,12 +266,13 @@ class VQAutoencoder(nn.Module):
         """The parts."""
         self.encoder, self.decoder = _coders(self, 1)
         self.quant, self.post_quant = _maps(self, 1)
+        self.linear_in, self.linear_out = linear_paths(self)
         self.codebook = Codebook(self.codes, self.latent_channels, self.average)
 
     def encode(self, x: Any) -> Posterior:
         """The point that the codebook would quantise."""
-        h = self.quant(self.encoder(_check(self, x)))
-        return Posterior(h.astype(at_least_float32(jnp.asarray(x).dtype)))
+        x = _check(self, x)
+        return Posterior(self.quant(self.encoder(x)).astype(at_least_float32(x.dtype)) + self.linear_in(x))
 
     def quantise(self, z: Any) -> Quantised:
         """The nearest codes of z."""
@@ -282,14 +295,14 @@ class VQAutoencoder(nn.Module):
         return self.decode(self.encode(x).mean)
 
     def _picture(self, z: Any) -> jax.Array:
-        return self.decoder(self.post_quant(z)).astype(at_least_float32(z.dtype))
+        return self.decoder(self.post_quant(z)).astype(at_least_float32(z.dtype)) + self.linear_out(z)
 
 
 def _coders(net: Any, moments: int) -> tuple[Encoder, Decoder]:
     """Encoder and decoder of an autoencoder whose encoder gives that many numbers for each of the latent."""
     own = dict(
-        attention=net.attention, middle_attention=net.middle_attention, groups=net.groups, act=net.act, form=net.conv,
-        remat=net.remat, dtype=net.dtype,
+        attention=net.attention, middle_attention=net.middle_attention, groups=net.groups, act=net.act, patch=net.patch,
+        form=net.conv, remat=net.remat, dtype=net.dtype,
     )  # fmt: skip
     inner = (net.bottleneck if net.quant_conv else None) or net.latent_channels
     encoder = Encoder(net.widths, net.blocks, moments * inner, **own)
@@ -316,7 +329,7 @@ PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vqgan-f16-1024": (VQAutoencoder, dict(widths=_F16, latent_channels=256, codes=1024, attention=(4,), **_LDM)),
     "vqgan-f16-16384": (VQAutoencoder, dict(widths=_F16, latent_channels=256, codes=16384, attention=(4,), **_LDM)),
     # for pictures of 8 to 64 pixels: a quarter of the numbers of a picture with three channels, or 6 to 9 bits for 16 pixels
-    "kl4": (KLAutoencoder, dict(widths=(32, 64, 64), blocks=1, latent_channels=12, middle_attention=False)),
-    "vq4": (VQAutoencoder, dict(widths=(32, 64, 64), blocks=1, latent_channels=8, codes=512, average=True,
-                                middle_attention=False)),
+    "kl4": (KLAutoencoder, dict(widths=(64,), blocks=1, latent_channels=12, patch=4, linear=True, middle_attention=False)),
+    "vq4": (VQAutoencoder, dict(widths=(64,), blocks=1, latent_channels=8, codes=512, patch=4, linear=True,
+                                average=True, middle_attention=False)),
 }  # fmt: skip

@@ -39,7 +39,7 @@ def nearest(z: Any, codes: Any) -> jax.Array:
     return jnp.argmin(half.reshape((1,) * (z.ndim - 1) + (-1,)) - inner, axis=-1).astype(jnp.int32)
 
 
-def codes_of(params: PyTree) -> jax.Array:
+def codes_of(params: PyTree) -> Any:
     """The codes [K, d] in the parameters of a `Codebook`.   e_k = embedding_k, or sums_k / smoothed counts_k
 
     Reference: van den Oord et al. 2017, arXiv:1711.00937, appendix A.1, with Laplace smoothing of the counts.
