@@ -1,0 +1,57 @@
+"""What the recipes of latent diffusion share: training on arrays that fit on the device, and the first stage."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from diffjax import data, losses, networks, training
+
+KL = 1e-6
+
+
+def train(model, loss, params, arrays, steps, *, batch, rate, seed=0, chunk=50, condition=training.condition):
+    """The averaged parameters after `steps` batches of `arrays` = {x, ...}, drawn with replacement.
+
+    Codes that are moving averages have a step of rate one.
+    """
+    chunk = min(chunk, steps)
+    adam = training.adamw(training.optimizer.cosine(rate, steps, warmup=max(steps // 20, 1)), b2=0.99, clip=1.0)
+    optimizer = training.optimizer.by_path({r"codebook/(counts|sums)$": optax.sgd(1.0)}, adam)
+    emas = {"mean": training.ema.decay(0.99, warmup=True)}
+    step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition)
+    arrays = jax.tree.map(jnp.asarray, arrays)
+
+    @jax.jit
+    def run(state, arrays):
+        def body(state, _):
+            key = jax.random.fold_in(jax.random.key(1000 + seed), state.step)
+            pick = jax.random.randint(key, (batch,), 0, len(arrays["x"]))
+            return step(state, {name: a[pick] for name, a in arrays.items()})[0], None
+
+        return jax.lax.scan(body, state, None, length=chunk)[0]
+
+    state = training.init_state(params, optimizer, seed, emas=emas)
+    for _ in range(steps // chunk):
+        state = run(state, arrays)
+    return state.ema["mean"]
+
+
+def first_stage(photos, steps, *, batch=32, rate=1e-3, **fields):
+    """`(untrained, trained)` autoencoders `kl4` of the crops; the first is the best linear map of squares."""
+    module = networks.preset("kl4", **fields)
+    make, x = networks.autoencoder(module), photos.read("train")["x"]
+    params = networks.start_linear(module, make.init(jax.random.key(0), x[:1]), x[:1000])
+    loss = losses.autoencoder_loss(losses.squared, kl=KL)
+    return make(params), make(train(make, loss, params, {"x": x}, steps, batch=batch, rate=rate))
+
+
+def crops(full):
+    """The photographs' crops, fewer for a tiny run."""
+    return data.load("photos", size=6000 if full else 64)
+
+
+def psnr(photos, x, y):
+    """Peak signal-to-noise ratio in decibels of y against x, in grey levels of 255."""
+    error = np.square(np.asarray(x, np.float64) - np.asarray(y)).mean() * photos.transform.std**2
+    return 10 * np.log10(255**2 / error)
