@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import latent, losses, metrics, networks, processes, solvers, times, training
+from diffjax import latent, losses, metrics, networks, processes, solvers, training
 from diffjax.training import flops
 from experiments.latent.stages import KL, crops, first_stage, psnr, train
 from experiments.recipe import Recipe, at_least, at_most
@@ -123,10 +123,10 @@ def run(preset):
                        seed=2, chunk=chunk, condition=condition)  # fmt: skip
         figures[f"{name}_seconds"] = time.perf_counter() - begin
         figures[f"{name}_steps"] = count
-        solver = solvers.dpmpp_2m(PROCESS, times.uniform(sampling))
+        solver, denoiser = solvers.recommended(PROCESS, sampling), model(params)
         noise = PROCESS.prior(jax.random.key(3), (n, *x.shape[1:]))
         finish = jax.jit(space.decode) if name == "latent" else lambda y: y
-        sample = lambda label, noise, d=model(params), s=solver, f=finish: f(
+        sample = lambda label, noise, d=denoiser, s=solver, f=finish: f(
             draw(jax.random.key(4), d.bind(tokens(label)), s, noise)
         )
         samples[name] = np.asarray(sample(label, noise))
