@@ -39,6 +39,7 @@ RULES: dict[str, Rule] = {
     "objective.law_mean": FINITE,
     "objective.law_std": POSITIVE,
     "objective.label_drop": (lambda v: 0 <= v <= 1, "in [0, 1]"),
+    "latent_steps": COUNT,
     "training.steps": COUNT,
     "training.batch_size": COUNT,
     "training.learning_rate": POSITIVE,

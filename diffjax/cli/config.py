@@ -204,6 +204,10 @@ class Train:
     """config.json (or run folder) to take the options from, for a new run"""
     init: str | None = None
     """weights of the network to begin with: RUN, RUN:ema_0.999, RUN:params or FILE.safetensors; all else begins afresh"""
+    latent: str | None = None
+    """diffuse the latents of an autoencoder: a preset such as kl4, trained first, or RUN or FILE.safetensors with one"""
+    latent_steps: int = 1000
+    """updates of that autoencoder"""
     seed: int = 0
     """of parameters, noise, order and splits of the data"""
     image_size: int | None = None
@@ -294,6 +298,8 @@ def settle(given: Train, default: Train) -> Train:
             return chosen
         return dataclasses.replace(chosen, **{f: None for f in fields if getattr(chosen, f) == getattr(preset, f)})
 
+    if given.latent is not None and given.training.augment == default.training.augment:  # it moves pixels
+        given = dataclasses.replace(given, training=dataclasses.replace(given.training, augment="none"))
     numbers = ("sigma_min", "sigma_max", "beta_min", "beta_max")
     sizes = ("width", "multipliers", "blocks", "attention", "depth", "heads", "patch")
     return dataclasses.replace(

@@ -96,7 +96,8 @@ def main(args: Ema) -> int:
         build.solver(settings.sampler, build.process(settings.process))
         dataset = evaluate.load_data(settings)
         for name, _ in made:
-            found = evaluate.scores(runs.load(folder, weights=name).denoiser, settings, dataset)
+            run = runs.load(folder, weights=name)
+            found = evaluate.scores(run.denoiser, settings, dataset, space=run.space)
             scored[name] = {k: e["score"] for k, e in found["scores"].items() if k.startswith(("frechet_", "fid_"))}
     first = made[0][1]
     console.show(

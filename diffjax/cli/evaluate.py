@@ -62,12 +62,13 @@ def load_data(settings: Train) -> Any:
 
 
 def scores(
-    denoiser: Denoiser, settings: Train, dataset: Any, *, n: int | None = None, seed: int = 1000
+    denoiser: Denoiser, settings: Train, dataset: Any, *, n: int | None = None, seed: int = 1000, space: Any = None
 ) -> dict[str, Any]:
     """Scores of a model over several sample seeds, against the test split, which training never sees.
 
     The reference and every set have the same size n; a floor is the mean over up to four disjoint sets of n items of the
-    train split; the classifier is trained on the classifier split. Returns: plain data for metrics.json.
+    train split; the classifier is trained on the classifier split. With a latent `space` samples are decoded first; the data
+    set is that of the pictures. Returns: plain data for metrics.json.
     """
     sampler = settings.sampler
     most = min(len(dataset.split("test")), len(dataset.split("train")))
@@ -92,11 +93,15 @@ def scores(
     guided = build.guided(denoiser, sampler.guidance)
     results, more = [], []
     train = dataset.read("train", min(len(dataset.split("train")), 20_000))["x"]
+    shape = tuple(dataset.shape)
+    if space is not None:
+        shape = jax.eval_shape(space.encode, jax.ShapeDtypeStruct((1, *shape), real.dtype)).shape[1:]
     for i in range(sampler.seeds):
         fake = draw(
-            jax.random.key(seed + i), guided, solver, size, tuple(dataset.shape), labels,
+            jax.random.key(seed + i), guided, solver, size, shape, labels,
             title=f"samples for the scores, seed {i + 1} of {sampler.seeds}",
         )  # fmt: skip
+        fake = fake if space is None else space.decode_all(fake)
         bad = int((~np.isfinite(fake).reshape(size, -1).all(1)).sum())
         if bad:
             raise runs.Failed(
@@ -175,13 +180,13 @@ def main(args: Eval) -> int:
     check.guidance("guidance", settings.sampler.guidance, about["num_classes"], settings.objective.label_drop)
     runs.check_steps(pathlib.Path(args.run))
     dataset = load_data(settings)
-    if list(dataset.shape) != about["shape"] or dataset.num_classes != about["num_classes"]:
+    if list(dataset.shape) != about.get("pixels", about["shape"]) or dataset.num_classes != about["num_classes"]:
         raise ValueError(
             f"data set {settings.data} now has items of shape {tuple(dataset.shape)} and {dataset.num_classes} classes; the "
             f"run was trained on {tuple(about['shape'])} and {about['num_classes']}. Put the data back that it was trained on"
         )
     run = runs.load(args.run, weights=args.weights, step=args.checkpoint)
-    found = scores(run.denoiser, settings, dataset, n=args.n, seed=args.seed)
+    found = scores(run.denoiser, settings, dataset, n=args.n, seed=args.seed, space=run.space)
     found |= {"step": run.step, "weights": run.weights}
     save(found, run.folder / "metrics.json")
     report(found, everything=args.all)

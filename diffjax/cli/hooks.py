@@ -22,13 +22,15 @@ WATCHED = 64  # items on which activations are measured
 
 
 def of(
-    settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any, failures: list[str]
-) -> list[Hook]:
-    """The hooks of a run.   denoiser: of a state.   failures: gets what could not be written."""
+    settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any, failures: list[str],
+    view: Any = None,
+) -> list[Hook]:  # fmt: skip
+    """The hooks of a run.   denoiser: of a state.   failures: gets what could not be written.   view: see `pictures`"""
     t = settings.training
     found = []
-    if drawable(build.shape_of(dataset)):
-        found.append(Hook(t.sample_every, pictures(settings, folder, dataset, denoiser, solver, failures), "samples"))
+    if view is not None or drawable(build.shape_of(dataset)):
+        drawn = pictures(settings, folder, dataset, denoiser, solver, failures, view)
+        found.append(Hook(t.sample_every, drawn, "samples"))
     if t.magnitudes:
         found.append(Hook(t.sample_every, activations(settings, dataset), "activations"))
     if t.ema_power:
@@ -39,12 +41,14 @@ def of(
 
 
 def pictures(
-    settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any, failures: list[str]
-) -> Any:
-    """Draws the same samples every time, into RUN/samples/."""
+    settings: config.Train, folder: pathlib.Path, dataset: Any, denoiser: Any, solver: Any, failures: list[str],
+    view: Any = None,
+) -> Any:  # fmt: skip
+    """Draws the same samples every time, into RUN/samples/.   view: of latents, `(decode, transform)` of the pictures"""
     shape, classes = build.shape_of(dataset), dataset.num_classes
     columns = min(classes or COLUMNS, 2 * COLUMNS)
     show = COLUMNS * columns if len(shape) == 3 else POINTS
+    decode, transform = (lambda x: x, dataset.transform) if view is None else view
     labels = choose_labels(None, show, min(classes, columns) if classes and len(shape) == 3 else classes)
 
     def samples(step: int, state: Any) -> None:
@@ -54,7 +58,7 @@ def pictures(
         guided = build.guided(trained, settings.sampler.guidance)
         x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, title=None)
         path = folder / "samples" / f"step_{step:07d}.png"
-        kept(folder, f"the samples of step {step}", lambda: save_grid(path, dataset.transform, x, columns), failures)
+        kept(folder, f"the samples of step {step}", lambda: save_grid(path, transform, decode(x), columns), failures)
 
     return samples
 

@@ -13,7 +13,7 @@ import tyro
 from rich.table import Table
 
 from diffjax import training
-from diffjax.cli import build, check, config, console, evaluate
+from diffjax.cli import build, check, config, console, evaluate, latents
 from diffjax.cli import model as models
 from diffjax.cli import run as runs
 from diffjax.training import flops
@@ -73,7 +73,8 @@ def item(args: Plan, settings: config.Train) -> tuple[tuple[int, ...], int | Non
         raise ValueError(
             f"{error}. Without the data, give the shape of an item: --shape 32 32 3 --classes 10"
         ) from None
-    return build.shape_of(dataset), dataset.num_classes
+    shape = build.shape_of(dataset)
+    return shape if settings.latent is None else latents.shape_of(settings, shape), dataset.num_classes
 
 
 def make(args: Plan, settings: config.Train) -> plans.Plan:

@@ -3,6 +3,7 @@
 RUN/config.json   the configuration, every option
 RUN/model.json    what the data were: transform, shape, labels, licence; versions
 RUN/checkpoints/  states, with checksums
+RUN/autoencoder.safetensors  of a run in latents
 RUN/metrics.jsonl one line per log interval
 RUN/samples/      a PNG for each interval
 RUN/metrics.json  scores
@@ -27,7 +28,7 @@ import jax
 import numpy as np
 
 from diffjax import networks, training
-from diffjax.cli import build, config
+from diffjax.cli import build, config, latents
 from diffjax.cli import model as models
 from diffjax.data import DataTransform
 from diffjax.training import CheckpointStore, ema, partial
@@ -51,15 +52,20 @@ class Run:
     step: int
     folder: pathlib.Path
     weights: str
+    space: Any = None  # of a run in latents
 
     @property
     def process(self) -> Any:
         """The process of the denoiser."""
         return self.denoiser.process
 
+    def view(self, x: Any) -> np.ndarray:
+        """Samples in model coordinates of the data: themselves, or what latents stand for."""
+        return np.asarray(x) if self.space is None else self.space.decode_all(x)
+
     def decode(self, x: Any) -> np.ndarray:
         """Samples in the raw range of the data: pixels, or coordinates."""
-        return np.asarray(self.transform.decode(np.asarray(x)))
+        return np.asarray(self.transform.decode(self.view(x)))
 
 
 class Failed(RuntimeError):
@@ -119,8 +125,8 @@ def new_folder(asked: str | None, data: str) -> pathlib.Path:
     return folder
 
 
-def describe(dataset: Any, parameters: int) -> str:
-    """The text of model.json."""
+def describe(dataset: Any, parameters: int, pixels: Any = None) -> str:
+    """The text of model.json.   pixels: the data set whose latents `dataset` holds"""
     import diffjax
 
     return json.dumps(
@@ -130,10 +136,11 @@ def describe(dataset: Any, parameters: int) -> str:
             "jax": jax.__version__,
             "data": dataset.name,
             "shape": list(dataset.shape),
+            **({} if pixels is None else {"pixels": list(pixels.shape)}),
             "num_classes": dataset.num_classes,
             "labels": list(dataset.labels) if dataset.labels else None,
             "licence": dataset.licence,
-            "transform": dataset.transform.to_dict(),
+            "transform": (pixels or dataset).transform.to_dict(),
             "parameters": parameters,
         },
         indent=2,
@@ -296,5 +303,5 @@ def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int |
     return Run(
         made(found.params), DataTransform.from_dict(about["transform"]), shape, classes,
         tuple(about["labels"]) if about["labels"] else None, settings, found.step, folder,
-        found.name,
+        found.name, latents.of_run(folder, settings),
     )  # fmt: skip

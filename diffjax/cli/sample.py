@@ -153,11 +153,12 @@ def main(args: Sample) -> int:
     if bad:
         raise runs.Failed(f"{bad} of {args.n} samples are not finite; try another --solver, --grid, or more --steps")
     folder, name = pathlib.Path(args.out) if args.out else run.folder / "samples", stem(args, sampler)
-    fields = {"x": run.decode(x), **({} if labels is None else {"label": labels})}
+    pictures = run.view(x)
+    fields = {"x": np.asarray(run.transform.decode(pictures)), **({} if labels is None else {"label": labels})}
     save_npz(folder / f"{name}.npz", **fields)
     console.show(f"samples  {folder / f'{name}.npz'}")
-    if drawable(run.shape):
-        console.show(f"grid     {save_grid(folder / f'{name}.png', run.transform, x)}")
+    if drawable(pictures.shape[1:]):
+        console.show(f"grid     {save_grid(folder / f'{name}.png', run.transform, pictures)}")
     console.show(
         f"weights  {run.weights} of step {run.step}, {sampler.solver} on {build.grid_name(sampler)}, "
         f"{solver.evaluations} evaluations a sample, guidance {sampler.guidance:g}  ({time.monotonic() - began:.0f} s)"

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax import data as data_
-from diffjax import networks, training
-from diffjax.cli import build, check, config, console, evaluate, hooks, launch, plan, plot
+from diffjax import latent, networks, training
+from diffjax.cli import build, check, config, console, evaluate, hooks, latents, launch, plan, plot
 from diffjax.cli import model as models
 from diffjax.cli import run as runs
 from diffjax.cli.hooks import kept
@@ -128,7 +128,10 @@ def main(args: config.Train) -> int:
     build.loss(settings.objective, None)
     optimizer, _ = build.optimiser(t)
     averages = build.averages(t)
-    dataset = evaluate.load_data(settings)
+    dataset, pixels, space = evaluate.load_data(settings), None, None
+    if settings.latent is not None:
+        space, pixels = latents.of_run(folder, settings) if resume else latents.first_stage(settings, dataset), dataset
+        dataset = latent.encoded(space, pixels)
     shape, classes = build.shape_of(dataset), dataset.num_classes
     check.guidance("sampler.guidance", settings.sampler.guidance, classes, settings.objective.label_drop)
     train_step = build.train_step(settings, shape, classes)
@@ -146,7 +149,9 @@ def main(args: config.Train) -> int:
     if resume:
         hosts.first(lambda: write_settings(settings, folder, store))
     else:
-        write_first(settings, folder, runs.describe(dataset, count))
+        write_first(settings, folder, runs.describe(dataset, count, pixels))
+        if space is not None:
+            latents.save(folder, space, settings, pixels)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.note(
         f"{folder}: {settings.model.network} with {count:,} parameters, {t.steps} steps of {t.batch_size} on "
@@ -179,7 +184,11 @@ def main(args: config.Train) -> int:
             result = training.fit(
                 start, train_step, batches, steps=t.steps, parallel=build.parallel(t), layout=layout,
                 per_dispatch=t.per_dispatch, store=store, save_every=t.save_every, resume=resume,
-                hooks=hooks.of(settings, folder, dataset, denoiser, solver, failures), log_every=t.log_every,
+                hooks=hooks.of(
+                    settings, folder, dataset, denoiser, solver, failures,
+                    None if space is None else (space.decode_all, pixels.transform),
+                ),
+                log_every=t.log_every,
                 metrics_file=folder / "metrics.jsonl", max_skipped=t.max_skipped, on_bad=t.on_bad, max_rewinds=t.max_rewinds,
                 grace=settings.grace, watchdog=watchdog(settings, folder),
                 flops=planned.flops, peak_flops=peak_of(settings),
@@ -196,7 +205,8 @@ def main(args: config.Train) -> int:
         return result.exit_code
     trained = denoiser(result.state) if settings.scores else None
     if hosts.leader():
-        finish(settings, folder, dataset, trained, {"step": result.step, "weights": weights or "params"}, failures)
+        about = {"step": result.step, "weights": weights or "params"}
+        finish(settings, folder, dataset if pixels is None else pixels, trained, about, failures, space)
         console.show(f"run      {folder}  ({time.monotonic() - began:.0f} s)")
     if failures:
         console.note(f"done, but not everything could be written: {'; '.join(failures)}")
@@ -204,11 +214,12 @@ def main(args: config.Train) -> int:
 
 
 def finish(
-    settings: config.Train, folder: pathlib.Path, dataset: Any, trained: Any, about: dict, failures: list[str]
-) -> None:
+    settings: config.Train, folder: pathlib.Path, dataset: Any, trained: Any, about: dict, failures: list[str],
+    space: Any = None,
+) -> None:  # fmt: skip
     """Scores of the trained model, and where everything lies."""
     if trained is not None:
-        found = evaluate.scores(trained, settings, dataset) | about
+        found = evaluate.scores(trained, settings, dataset, space=space) | about
         evaluate.report(found)
         if kept(folder, "metrics.json", lambda: evaluate.save(found, folder / "metrics.json") or True, failures):
             console.show(f"scores   {folder / 'metrics.json'}  (all of them: diffjax eval {folder} --all)")
