@@ -49,6 +49,7 @@ from diffjax.networks.mamba import Mamba, selective_chunked, selective_scan
 from diffjax.networks.masked_dit import MaskedDiT
 from diffjax.networks.mlp import MLP
 from diffjax.networks.mmdit import MMDiT
+from diffjax.networks.offset import offset_by_image
 from diffjax.networks.partition import constrain
 from diffjax.networks.positions import Learned, Rope, Sincos, rotate
 from diffjax.networks.presets import AUTOENCODER_PRESETS, PRESETS, preset
@@ -157,6 +158,7 @@ __all__ = [
     "native",
     "nearest",
     "null_condition",
+    "offset_by_image",
     "pad_left",
     "parameter_count",
     "part",

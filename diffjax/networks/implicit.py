@@ -6,16 +6,10 @@ of its cells, `(2 i + 1) / n - 1`, whatever its size: grids of different sizes c
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
-
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, double
-from diffjax.networks.taps import Tap
 
 PLANES = ((0, 1), (0, 2), (1, 2))  # the axes of space that each of three planes spans
 HATS = 256  # grid points up to which all of them are weighted, and none gathered

@@ -58,7 +58,10 @@ def test_its_gradients_are_finite_differences(size):
         f = lambda g, c: jnp.sum(jnp.square(implicit.interpolate(g, c)))
         of_grid, of_coords = jax.jit(jax.grad(f, (0, 1)))(grid, coords)
     value = lambda g, c: np.sum(by_hand(g[0], c) ** 2)
-    for a, g, move in ((grid, of_grid, lambda d: (grid + d, coords)), (coords, of_coords, lambda d: (grid, coords + d))):
+    for a, g, move in (
+        (grid, of_grid, lambda d: (grid + d, coords)),
+        (coords, of_coords, lambda d: (grid, coords + d)),
+    ):
         d = 1e-6 * RNG.standard_normal(a.shape)
         np.testing.assert_allclose(np.vdot(g, d), (value(*move(d)) - value(*move(-d))) / 2, rtol=1e-4)
 
@@ -87,7 +90,9 @@ def test_affine_functions_of_space_are_exact():
 
 def test_bad_input_is_refused():
     grid = jnp.zeros((2, 3, 3, 1))
-    with pytest.raises(ValueError, match=r"coords must be floats \[N, 2\] or \[2, N, 2\].*got float32 of shape \(4, 3\)"):
+    with pytest.raises(
+        ValueError, match=r"coords must be floats \[N, 2\] or \[2, N, 2\].*got float32 of shape \(4, 3\)"
+    ):
         implicit.interpolate(grid, jnp.zeros((4, 3)))
     with pytest.raises(ValueError, match=r"got float32 of shape \(3, 4, 2\)"):
         implicit.interpolate(grid, jnp.zeros((3, 4, 2)))
