@@ -193,6 +193,8 @@ PAPERS: dict[str, Paper] = {
                               "The Unreasonable Effectiveness of Deep Features as a Perceptual Metric"),
     "arXiv:1611.07004": Paper("Isola, Phillip and Zhu, Jun-Yan and Zhou, Tinghui and Efros, Alexei A.", 2017,
                               "Image-to-Image Translation with Conditional Adversarial Networks"),
+    "arXiv:2401.12517": Paper("Park, Dogyun and Kim, Sihyeon and Lee, Sojin and Kim, Hyunwoo J.", 2024,
+                              "DDMI: Domain-Agnostic Latent Diffusion Models for Synthesizing High-Quality Implicit Neural Representations"),
 }  # fmt: skip
 
 

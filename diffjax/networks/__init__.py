@@ -32,6 +32,7 @@ from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_
 from diffjax.networks.entropy import attention_entropy, entropy_scaling
 from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
+from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle
 from diffjax.networks.magnitude import (
@@ -91,6 +92,8 @@ __all__ = [
     "EDM2UNet",
     "FromLinen",
     "FromNNX",
+    "Implicit",
+    "ImplicitAutoencoder",
     "InducedAttention",
     "InducedSet",
     "KLAutoencoder",
@@ -133,6 +136,7 @@ __all__ = [
     "attention_entropy",
     "autoencoder",
     "canonical",
+    "cell_centres",
     "constrain",
     "delta_chunked",
     "delta_scan",
@@ -149,6 +153,8 @@ __all__ = [
     "haar",
     "halve",
     "initialise",
+    "interpolate",
+    "interpolate_planes",
     "inverse_haar",
     "magnitudes",
     "mp_cat",
