@@ -32,6 +32,7 @@ from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_
 from diffjax.networks.entropy import attention_entropy, entropy_scaling
 from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
+from diffjax.networks.frozen import FeatureAutoencoder, ResidualAutoencoder, feature_autoencoder, match_scale, scale_of
 from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
 from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle
@@ -90,6 +91,7 @@ __all__ = [
     "DiT",
     "EDM2MLP",
     "EDM2UNet",
+    "FeatureAutoencoder",
     "FromLinen",
     "FromNNX",
     "Implicit",
@@ -112,6 +114,7 @@ __all__ = [
     "Quantised",
     "RWKV7",
     "ResBlock",
+    "ResidualAutoencoder",
     "Rope",
     "S4D",
     "SetAttention",
@@ -143,6 +146,7 @@ __all__ = [
     "double",
     "entropy_scaling",
     "farthest_points",
+    "feature_autoencoder",
     "fir_double",
     "fir_halve",
     "fourier",
@@ -157,6 +161,7 @@ __all__ = [
     "interpolate_planes",
     "inverse_haar",
     "magnitudes",
+    "match_scale",
     "mp_cat",
     "mp_fourier",
     "mp_silu",
@@ -176,6 +181,7 @@ __all__ = [
     "read_condition",
     "restart_codes",
     "rotate",
+    "scale_of",
     "selective_chunked",
     "selective_scan",
     "sinusoids",
