@@ -1,6 +1,5 @@
 """Losses `(key, denoiser, x0, cond, items=None) -> ([B], aux)`, never reduced, and couplings of noise and data."""
 
-from diffjax.losses.balance import balance, expert_load, routers, task_prior
 from diffjax.losses.autoencode import (
     absolute,
     adversarial_loss,
@@ -10,6 +9,7 @@ from diffjax.losses.autoencode import (
     squared,
     vanilla,
 )
+from diffjax.losses.balance import balance, expert_load, routers, task_prior
 from diffjax.losses.checks import check_batch, check_labels
 from diffjax.losses.condition import ConditionNoise, condition_noise
 from diffjax.losses.coupling import exact, independent, k_nearest_noise, minibatch_assignment, sinkhorn

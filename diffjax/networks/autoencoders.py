@@ -13,8 +13,9 @@ from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.codebook import Codebook, Quantised
 from diffjax.networks.codec import Posterior
 from diffjax.networks.components import fold, linear_paths, unfold
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, double, rematerialised
+from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, rematerialised
 from diffjax.networks.partition import RESIDUAL, Rules, constrain
+from diffjax.networks.resample import double
 from diffjax.networks.strided import StridedConv
 from diffjax.networks.taps import Tap
 

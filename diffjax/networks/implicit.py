@@ -16,8 +16,9 @@ import jax.numpy as jnp
 
 from diffjax.networks.autoencoders import CLIP, Block, Encoder, _check
 from diffjax.networks.codec import Posterior
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, double
+from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32
 from diffjax.networks.partition import BLOCK, RESIDUAL, Rules
+from diffjax.networks.resample import double
 from diffjax.networks.taps import Tap
 
 PLANES = ((0, 1), (0, 2), (1, 2))  # the axes of space that each of three planes spans
