@@ -16,7 +16,6 @@ from diffjax.networks.components import fold, linear_paths, unfold
 from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32, rematerialised
 from diffjax.networks.partition import RESIDUAL, Rules, constrain
 from diffjax.networks.resample import double
-from diffjax.networks.strided import StridedConv
 from diffjax.networks.taps import Tap
 
 CLIP = (-30.0, 20.0)  # of the log-variance, as in the released code of latent diffusion
@@ -91,7 +90,7 @@ class Encoder(nn.Module):
                 if i in self.attention:
                     h = attend(f"attention_{i}_{j}")(h)
             if i < len(self.widths) - 1:  # a zero column on the right and a zero row below, none on the other sides
-                h = StridedConv(n, before=0, form=self.form, dtype=self.dtype, name=f"halve_{i}")(h)
+                h = Conv(n, stride=2, before=0, form=self.form, dtype=self.dtype, name=f"halve_{i}")(h)
         h = block(self.widths[-1], "middle_0")(h)
         if self.middle_attention:
             h = attend("middle_attention")(h)

@@ -14,7 +14,6 @@ from diffjax.networks.adapters import from_linen
 from diffjax.networks.codec import Autoencoder, AutoencoderOf, autoencoder
 from diffjax.networks.layers import Conv, ConvForm, GroupNorm, at_least_float32
 from diffjax.networks.partition import Rules
-from diffjax.networks.strided import StridedConv
 from diffjax.networks.taps import Tap
 from diffjax.numerics import PyTree, pytree_dataclass, static
 
@@ -49,10 +48,10 @@ class PatchDiscriminator(nn.Module):
             raise ValueError(f"PatchDiscriminator takes floating pictures [B, H, W, C]; got {x.dtype} {x.shape}")
         own = dict(kernel=4, form=self.conv, dtype=self.dtype)
         act = lambda h: nn.leaky_relu(h, 0.2)
-        h = Tap(name="tap_0")(act(StridedConv(self.width, name="layer_0", **own)(x)))
+        h = Tap(name="tap_0")(act(Conv(self.width, stride=2, name="layer_0", **own)(x)))
         for i in range(1, self.layers + 1):
             n, stride = self.width * min(2**i, self.most), 2 if i < self.layers else 1
-            h = StridedConv(n, stride=stride, bias=False, name=f"layer_{i}", **own)(h)
+            h = Conv(n, stride=stride, bias=False, name=f"layer_{i}", **own)(h)
             h = Tap(name=f"tap_{i}")(act(GroupNorm(name=f"norm_{i}")(h)))
         y = Conv(1, kernel=(4, 4), form=self.conv, dtype=self.dtype, name="out")(h)
         return y.astype(at_least_float32(x.dtype))

@@ -155,6 +155,7 @@ class Conv(nn.Module):
     dtype: Any = jnp.float32
     stride: int | tuple[int, ...] = 1
     before: int | None = None
+    bias: bool = True
 
     @nn.compact
     def __call__(self, x: Any) -> jax.Array:
@@ -162,10 +163,13 @@ class Conv(nn.Module):
         c = x.shape[-1]
         init = nn.initializers.zeros if self.zero else fan_in_uniform()
         kernel = self.param("kernel", init, (*per_axis(self.kernel, x, "kernel"), c, self.features), jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         form = self.form or choose_form(jax.default_backend())
-        strided = () if self.stride == 1 else (self.stride, self.before)
-        y = form(x.astype(self.dtype), kernel.astype(self.dtype), *strided)
+        plain = self.stride == 1 and self.before is None  # then a form of two arguments will do
+        options = () if plain else (self.stride, self.before)
+        y = form(x.astype(self.dtype), kernel.astype(self.dtype), *options)
+        if not self.bias:
+            return y
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
         return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 

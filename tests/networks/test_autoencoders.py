@@ -8,7 +8,6 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from diffjax import networks as nw
 from diffjax.networks.components import fold, unfold
-from diffjax.networks.strided import StridedConv
 from diffjax.training import Layout
 
 
@@ -191,28 +190,10 @@ def test_bad_fields_are_refused():
 # ------------------------------------------------------------------------------------------------------------- parts
 
 
-@pytest.mark.parametrize("kernel,stride,before", [(3, 2, 0), (4, 2, None), (4, 1, None)])
-def test_strided_convolution_is_the_textbook_loop_in_both_forms(kernel, stride, before):
-    rng = np.random.default_rng(0)
-    x = rng.standard_normal((2, 6, 5, 3)).astype(np.float32)
-    low = (kernel - 1) // 2 if before is None else before
-    net = StridedConv(4, kernel=kernel, stride=stride, before=before, form=nw.slices)
-    params = random_like(jax.eval_shape(net.init, jax.random.key(0), x)["params"])
-    out = (-(-6 // stride), -(-5 // stride))
-    wide = np.pad(x.astype(np.float64), ((0, 0), (low, kernel), (low, kernel), (0, 0)))
-    y = np.zeros((2, *out, 4))
-    for i in range(out[0]):
-        for j in range(out[1]):
-            window = wide[:, i * stride : i * stride + kernel, j * stride : j * stride + kernel]
-            y[:, i, j] = np.einsum("bhwc,hwcd->bd", window, params["kernel"]) + params["bias"]
-    for form in (nw.slices, nw.native):
-        np.testing.assert_allclose(net.clone(form=form).apply({"params": params}, x), y, atol=1e-5)
-
-
 def test_the_halving_pads_right_and_below_alone():
     """As published: the window of the last row and column reaches one zero beyond the picture."""
     x = jnp.ones((1, 4, 4, 1))
-    y = StridedConv(1, before=0).apply({"params": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}, x)
+    y = nw.Conv(1, stride=2, before=0).apply({"params": {"kernel": jnp.ones((3, 3, 1, 1)), "bias": jnp.zeros(1)}}, x)
     assert y[0, :, :, 0].tolist() == [[9.0, 6.0], [6.0, 4.0]]
 
 
