@@ -252,6 +252,8 @@ def test_published_structures_use_all_their_parameters_and_inputs(name):
     assert all(np.any(g[i]) for g in jax.tree.leaves(by_inputs) for i in range(3))
     fresh = jax.eval_shape(net.init, jax.random.key(0), x, t, cond)["params"]
     assert jax.tree.structure(fresh) == jax.tree.structure(params)
+    half = jax.make_jaxpr(nw.from_linen(net.clone(dtype=jnp.bfloat16)))(params, x, t, cond)
+    assert half.out_avals[0].dtype == jnp.float32 and "bf16" in str(half)
     layout = Layout(data=1, model=2, rules=nw.partition_rules(net))
     cut = {path(p) for p, a in jax.tree_util.tree_leaves_with_path(params) if any(layout.spec(path(p), a.shape))}
     paths = [path(p) for p, _ in jax.tree_util.tree_leaves_with_path(params)]
