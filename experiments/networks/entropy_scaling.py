@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from diffjax import data, networks, solvers, times
+from diffjax import data, losses, networks, solvers, times
 from diffjax.times import laws
 from experiments.networks.flow import PROCESS, denoiser, sample, train
 from experiments.recipe import Recipe, at_most
@@ -32,6 +32,10 @@ RECIPE = Recipe(
     minutes=2,
 )
 SIDE, TAP = 16, "blocks/attention/weights"
+SIZES = {  # training steps, batch, width, pictures, seeds, sampling steps, sides of the pictures
+    "full": (400, 32, 48, 128, 2, 8, (8, 32)),
+    "tiny": (2, 4, 16, 8, 1, 2, (24,)),
+}
 
 
 def crops(pictures, side):
@@ -64,10 +68,14 @@ def shares(f, params, pictures, sides, write):
     return out
 
 
+@jax.jit
+def loss(model, x0):
+    """The flow's loss on crops of any size, with the same times and noise for every model."""
+    return losses.flow_matching(label_drop=0.0)(jax.random.key(8), model, x0, None)[0].mean()
+
+
 def run(preset):
-    full = preset == "full"
-    steps, batch, width, n, seeds, evaluations = (400, 32, 48, 128, 2, 8) if full else (2, 4, 16, 8, 1, 2)
-    sides = (8, 32) if full else (24,)
+    steps, batch, width, n, seeds, evaluations, sides = SIZES[preset]
     photos = data.load("photos")
     train_x, test_x = (jnp.asarray(photos.read(s)["x"].mean(-1, keepdims=True)) for s in ("train", "test"))
 
@@ -82,7 +90,8 @@ def run(preset):
     f = networks.from_linen(net)
     fit, solver = train(net, laws.logit_normal(), draw, steps), solvers.heun(PROCESS, times.uniform(evaluations))
     noise = lambda side: PROCESS.prior(jax.random.key(2), (n, side, side, 1))
-    errors, spectra, grids, changed = {"plain": [], "scaled": []}, {"plain": [], "scaled": []}, {}, 0.0
+    errors, spectra, losses_of = ({"plain": [], "scaled": []} for _ in range(3))
+    grids, changed = {}, 0.0
     for seed in range(seeds):
         params = fit(seed)
         writers = {"plain": {}, "scaled": networks.entropy_scaling(f, params, crops(test_x[:1], SIDE), 0.5, None)}
@@ -92,6 +101,7 @@ def run(preset):
             errors[name] += [abs(v - trained) for v in found.values()]
             model = denoiser(networks.tapped(f, write=write), params)
             for side in sides:
+                losses_of[name].append(float(loss(model, crops(test_x[:256], side))))
                 x = sample(model, None, noise(side), solver)
                 spectra[name].append(np.abs(spectrum(x) - spectrum(crops(test_x, side))).mean())
                 grids[f"{name}_{side}_grid"] = np.clip(np.asarray(x[:8]), -1, 1)
@@ -102,11 +112,13 @@ def run(preset):
         reference = np.abs(spectrum(own[0]) - spectrum(crops(test_x, SIDE))).mean()
     mean = lambda values: {k: np.mean(v) for k, v in values.items()}
     share, seen = mean(errors), mean(spectra)
-    sized = {k: np.reshape(v, (seeds, -1)).mean(0) for k, v in spectra.items()}
+    by_side = lambda values: {k: np.reshape(v, (seeds, -1)).mean(0) for k, v in values.items()}
+    sized, lost = by_side(spectra), by_side(losses_of)
     return {
         **{f"share_error_{k}": v for k, v in share.items()},
         **{f"spectrum_error_{k}": v for k, v in seen.items()},
         **{f"spectrum_error_{k}_{side}": v for k, a in sized.items() for side, v in zip(sides, a, strict=True)},
+        **{f"loss_scaled_over_plain_{s}": a for s, a in zip(sides, lost["scaled"] / lost["plain"], strict=True)},
         "trained_share": trained,
         "spectrum_error_at_trained_size": reference,
         "share_error_scaled_over_plain": share["scaled"] / share["plain"],
