@@ -4,7 +4,9 @@ The path x_t = (1 - t) x0 + t eps is trained on its velocity eps - x0, with t dr
 of three laws are compared with the published distribution functions (Kolmogorov and Smirnov's test); the shift of times for
 a larger picture, t' = k t / (1 + (k - 1) t) with k = sqrt(m / n), is the process with its noise times k.
 
-Digits: a logit-normal law against the uniform one, of the same networks, seeds and steps, by the MMD of pixels, four seeds.
+Digits: a logit-normal law against the uniform one, of the same networks, four seeds and steps, by the MMD^2 of pixels for
+five steps of Heun's method. The bandwidth is 4 of a typical distance of 11: with the median distance both laws are at
+the noise of the score (2e-4) after 200 steps already.
 
 Captions: two pictures of 4 x 4 pixels side by side, each of a shape and a colour, and a caption of six words in any order
 of sides ("right blue cross left red bar"). The two streams (MM-DiT) are compared with one stream that reads the words
@@ -34,7 +36,7 @@ RECIPE = Recipe(
     expect={
         "least_ks_p": at_least(0.01),
         "shift_error": at_most(1e-5),
-        "uniform_over_logit_normal_mmd": at_least(1.0),
+        "uniform_over_logit_normal_mmd": at_least(1.5),
         "joint_accuracy": at_least(0.7),
         "joint_minus_cross_accuracy": at_least(0.1),
         "correlation_of_loss_and_error": at_least(0.8),
@@ -97,8 +99,8 @@ def law_scores(full):
 
     net = networks.MLP(width=128 if full else 8, depth=3, num_classes=10)
     real = digits.read("test")["x"]
-    score = jax.jit(metrics.mmd_to(real.reshape(len(real), -1)))
-    label, solver = jnp.arange(n) % 10, solvers.heun(PROCESS, times.uniform(10 if full else 2))
+    score = jax.jit(metrics.mmd_to(real.reshape(len(real), -1), bandwidth=4.0))
+    label, solver = jnp.arange(n) % 10, solvers.heun(PROCESS, times.uniform(5 if full else 2))
     x = PROCESS.prior(jax.random.key(2), (n, real[0].size))
     out = {}
     for name, law in {"uniform": laws.uniform(), "logit_normal": laws.logit_normal()}.items():
