@@ -50,3 +50,11 @@ def train(model, loss, starts, *, steps, batch, rate=3e-3, record=1):
         state, curve = run(training.init_state(start, optimizer, seed, emas=emas), jax.random.key(1000 + seed))
         ends.append((state.ema["mean"], np.asarray(curve)))
     return ends
+
+
+def shades(table, height=120):
+    """A table of numbers in [0, 1] as a picture, one row of it in each row of squares.   [rows, columns] -> uint8 [H, W, 3]"""
+    table = np.asarray(table, np.float64)
+    square = lambda a, n, axis: np.repeat(a, max(1, n // a.shape[axis]), axis=axis)
+    gray = np.uint8(255 * np.clip(square(square(table, height, 0), 2 * height, 1), 0, 1))
+    return np.stack([gray] * 3, axis=-1)

@@ -16,7 +16,7 @@ import diffjax
 from diffjax import losses, networks, processes
 from diffjax.networks import feed_forward
 from diffjax.training import flops
-from experiments.networks.digit_runs import CLASSES, DIGITS, EXAMPLE, LOSS, test_loss, train
+from experiments.networks.digit_runs import CLASSES, DIGITS, EXAMPLE, LOSS, shades, test_loss, train
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
@@ -105,5 +105,5 @@ def run(preset):
         "largest_load_without": max(loads(p).max() for p in found["without"][0]),
         "error_of_all_experts": all_experts((feed_forward.dense, feed_forward.ragged, feed_forward.capacity(1.0))),
         "dense_loss": found["dense"][1].mean(),
-        "loads": loads(found["balanced"][0][0]),
+        "loads_image": shades(np.concatenate([experts * loads(found[n][0][0]) / 2 for n in variation])),
     }

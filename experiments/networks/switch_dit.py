@@ -16,7 +16,7 @@ import numpy as np
 
 import diffjax
 from diffjax import losses, networks, processes
-from experiments.networks.digit_runs import CLASSES, EXAMPLE, LOSS, test_loss, train
+from experiments.networks.digit_runs import CLASSES, EXAMPLE, LOSS, shades, test_loss, train
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
@@ -91,5 +91,5 @@ def run(preset):
         "permutation_error": jnp.abs(prior(moved, t) - prior(taps, t)).max(),
         "prior": prior(taps, t).mean(),
         "dense_loss": found["dense"][1].mean(),
-        "gates": np.concatenate([np.asarray(g) for g in losses.routers(taps, "gates")], axis=-1),
+        "gates_image": shades(np.concatenate([np.asarray(g) for g in losses.routers(taps, "gates")], axis=-1).T),
     }

@@ -15,7 +15,7 @@ import numpy as np
 
 import diffjax
 from diffjax import networks, numerics, processes
-from experiments.networks.digit_runs import CLASSES, EXAMPLE, LOSS, train
+from experiments.networks.digit_runs import CLASSES, EXAMPLE, LOSS, shades, train
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
@@ -80,5 +80,5 @@ def run(preset):
         **{f"{name}_spread": c[:, -1].std() for name, c in curves.items()},
         "routed_over_plain_seed_by_seed": (curves["routed"][:, -1] / curves["plain"][:, -1]).max(),
         "parameters": networks.parameter_count(starts[0]),
-        "curves": np.stack(list(mean.values())),
+        "masks_image": shades(numerics.sliding_window(jnp.linspace(0, 1, 120), 48, int(BETA * 48), ALPHA).T),
     }
