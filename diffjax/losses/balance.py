@@ -91,7 +91,7 @@ def balance(top: int, weight: Any = 0.01, *, name: str = "probabilities") -> Bal
     Returns: `(aux, t) -> []`, for `denoising_loss(penalty=...)`. A batch that `pmap` or `shard_map` cuts is balanced within
     each part.
     Raises: ValueError: top < 1; at the call, an aux without routers.
-    Reference: arXiv:2407.11633, the expert-level balance loss; arXiv:2401.06066, section 3.3.
+    Reference: arXiv:2407.11633, the expert-level balance loss; arXiv:2401.06066.
 
     Example:
         >>> even = {"experts/probabilities": jnp.full((2, 3, 4), 0.25)}

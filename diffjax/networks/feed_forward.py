@@ -85,7 +85,7 @@ class capacity:  # noqa: N801  (reads as a function: sparse(form=capacity(1.25))
     Args: factor: seats per pair of token and expert; E / K leaves nobody out.
     Raises: ValueError: factor not positive.
 
-    Reference: Lepikhin et al. 2020, arXiv:2006.16668, Algorithm 1.
+    Reference: Lepikhin et al. 2020, arXiv:2006.16668.
     """
 
     factor: float = 1.25

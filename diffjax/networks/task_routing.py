@@ -112,7 +112,7 @@ def task_routed(
         >>> task_routed(from_linen(net), beta=0.5)(params, x, t).shape
         (2, 4, 4, 1)
 
-    Reference: Park et al. 2024, arXiv:2310.07138, section 4.
+    Reference: Park et al. 2024, arXiv:2310.07138.
     """
     if not 0 < beta <= 1 or not alpha > 0:
         raise ValueError(f"task_routed needs beta in (0, 1] and alpha > 0; got beta={beta} and alpha={alpha}")
@@ -165,7 +165,7 @@ class Switch(nn.Module):
         >>> Switch(3, 2).apply(v, jnp.ones((1, 2, 4)), jnp.ones((1, 4))).ravel().tolist()
         [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0]
 
-    Reference: Park et al. 2024, arXiv:2403.09176, section 4.
+    Reference: Park et al. 2024, arXiv:2403.09176.
     """
 
     experts: int
