@@ -3,7 +3,7 @@
 The data are pairs of views: a digit, and the same one turned by k quarters of a circle. The condition is the first view and
 the turn (cos, sin); the state is the second view under noise. The view and the turn become one vector, which drives adaLN.
 While training, the same blocks run a second time on 70 % of the patches; an interpolater puts a learned token in the other
-places, lets them attend to the seen ones and to the features of the first view, and the last two blocks finish,
+places, lets them attend to the seen ones and to the features of the first view, and the last half of the blocks finishes,
 
     L = |v - v_theta(all)|^2 + |v - v_theta(masked)|^2.
 
@@ -50,13 +50,13 @@ def views(x, seed):
 
 def run(preset):
     full = preset == "full"
-    width, depth, steps, every, batch, seeds = (32, 4, 800, 40, 32, 2) if full else (8, 2, 4, 2, 4, 1)
+    width, depth, steps, every, batch, seeds = (32, 2, 400, 20, 32, 2) if full else (8, 2, 4, 2, 4, 1)
     digits = data.load("digits")
     seen, held = views(digits.read("train")["x"], 0), views(digits.read("test")["x"], 1)
     shared = dict(width=width, depth=depth, heads=2, patch=2, vector_size=2)
     ours = MaskedDiT(**shared, decode=depth // 2, image_channels=1)
     nets = {"plain": ours, "masked": ours.clone(auxiliary=True), "tokens": DiT(**shared, token_size=4)}
-    schedule = training.optimizer.constant(2e-3, warmup=max(1, steps // 20))
+    schedule = training.optimizer.constant(3e-3, warmup=max(1, steps // 20))
     curves, found, work = {}, {}, {}
     for name, net in nets.items():
         put = as_tokens if name == "tokens" else dict
@@ -67,7 +67,9 @@ def run(preset):
         model = lambda p, fn=fn, m=masked: diffjax.denoiser(fn, PROCESS, diffjax.from_velocity, p, dropout=m, aux=m)
         loss = losses.flow_matching(sides=losses.side_outputs() if masked else None, label_drop=0.0)
         starts = [networks.initialise(net, jax.random.key(seed), *one) for seed in range(seeds)]
-        paths = train_seeds(model, loss, starts, fields, steps=steps, batch=batch, every=every, schedule=schedule)
+        paths = train_seeds(
+            model, loss, starts, fields, steps=steps, batch=batch, every=every, schedule=schedule, decay=0.95
+        )
         bare = networks.from_linen(net.clone(auxiliary=False) if masked else net)
         error = velocity_error(PROCESS, bare, at["x"], cond)
         points = range(steps // every)
