@@ -24,7 +24,7 @@ import numpy as np
 import optax
 
 import diffjax
-from diffjax import data, losses, networks, processes, training
+from diffjax import data, losses, networks, processes, solvers, times, training
 from diffjax.training import flops
 from experiments.recipe import Recipe, at_least, at_most, between
 
@@ -115,7 +115,7 @@ def spelt(batch):
 
 
 def read_text(readers, steps, batch, width, depth, seeds):
-    """Held-out losses of the readers, [seeds] each."""
+    """Held-out losses of the readers, [seeds] each, and digits that the last network of the first one draws."""
     digits = data.load("digits")
     given, held = digits.read("train"), digits.read("test")
     flow, out = losses.flow_matching(label_drop=0.0), {}
@@ -147,7 +147,17 @@ def read_text(readers, steps, batch, width, depth, seeds):
             start = f.init(jax.random.key(seed), one["x"], jnp.zeros(1), condition(one))
             end = train(start, stacked)
             out[name].append(np.mean([judge(end, jax.random.key(100 + i)) for i in range(8)]))
-    return {name: np.array(values) for name, values in out.items()}
+        if name == readers[0]:
+            drawn = draw(model(end), 3)
+    return {name: np.array(values) for name, values in out.items()}, drawn
+
+
+def draw(denoiser, each):
+    """So many digits of each name, [10 each, 8, 8, 1]."""
+    asked = spelt({"label": jnp.tile(jnp.arange(10), each)})
+    x = PROCESS.prior(jax.random.key(2), (10 * each, 8, 8, 1))
+    solver = solvers.heun(PROCESS, times.uniform(20))
+    return jax.jit(diffjax.sample)(jax.random.key(3), denoiser.bind(asked), solver, x)
 
 
 def products(seed, count, length):
@@ -181,7 +191,7 @@ def run(preset):
     full = preset == "full"
     figures = forms(1024 if full else 32)
     readers = list(READERS) if full else ["cross_wkv", "softmax"]
-    held = read_text(readers, *((400, 64, 48, 2, 2) if full else (2, 8, 8, 1, 1)))
+    held, drawn = read_text(readers, *((400, 64, 48, 2, 2) if full else (2, 8, 8, 1, 1)))
     figures |= {f"{name}_loss": values.mean() for name, values in held.items()}
     figures["loss_over_softmax"] = figures["cross_wkv_loss"] / figures["softmax_loss"]
     figures["loss_spread"] = max(values.std() for values in held.values())
@@ -189,6 +199,7 @@ def run(preset):
         worth = figures["none_loss"] - figures["softmax_loss"]
         figures["gain_kept"] = (figures["none_loss"] - figures["cross_wkv_loss"]) / worth
 
+    figures["digits_grid"] = drawn
     sizes = dict(width=32 if full else 8, depth=1, heads=2, out_channels=6)
     wkv = networks.StateDiT(**sizes, mix=reflecting, bidirectional=False)
     train = (600, 64, 16, 5e-3) if full else (2, 8, 4, 1e-3)
