@@ -89,7 +89,7 @@ def draw(net, params, solver, n, size):
 
 def run(preset):
     size, n, steps, batch, seeds, widths, slim, evaluations = (
-        (8, 512, 800, 32, 3, (16, 32), (4, 12), 15) if preset == "full" else (8, 8, 2, 4, 1, (4, 8), (4, 4), 2)
+        (8, 512, 600, 32, 2, (16, 32), (4, 12), 15) if preset == "full" else (8, 8, 2, 4, 1, (4, 8), (4, 4), 2)
     )
     x, t = np.zeros((1, size, size, 1), np.float32), np.zeros(1, np.float32)
     make = lambda widths, **parts: networks.from_linen(networks.UNet(widths=widths, attention=(), code=32, **parts))
@@ -102,19 +102,18 @@ def run(preset):
     start = big.init(jax.random.key(0), x, t)
     teacher = jax.jit(lambda p, pool: train(big, base, p, pool, steps=steps, batch=batch))(start, pool)
 
-    def student(params, alpha, teacher, pool):
+    def student(params, alpha, frequency, teacher, pool):
         teacher = diffjax.denoiser(big, PROCESS, diffjax.from_velocity, teacher)
-        loss = losses.spectral_distillation(base, teacher, alpha=alpha)
+        loss = losses.spectral_distillation(base, teacher, alpha=alpha, frequency=frequency)
         return train(small, loss, params, pool, steps=steps, batch=batch)
 
     inits = [small.init(jax.random.key(10 + i), x, t) for i in range(seeds)]
-    inits = jax.tree.map(lambda *leaves: jnp.stack(leaves + leaves), *inits)  # plain, then weighted
-    alphas = jnp.repeat(jnp.asarray([0.0, -1.0]), seeds)
-    students = jax.jit(jax.vmap(student, (0, 0, None, None)))(inits, alphas, teacher, pool)
+    inits = jax.tree.map(lambda *leaves: jnp.stack(leaves * 4), *inits)
+    alphas, frequencies = (jnp.repeat(jnp.asarray(a), seeds) for a in ([0.0, -1.0, 0.0, -1.0], [0.1, 0.1, 1.0, 1.0]))
+    students = jax.jit(jax.vmap(student, (0, 0, 0, None, None)))(inits, alphas, frequencies, teacher, pool)
 
-    true = jax.jit(draw, static_argnums=(0, 3, 4))(big, teacher, solver, n, size)
     found = jax.jit(jax.vmap(lambda p: draw(small, p, solver, n, size)))(students)
-    low, high = np.array([spectrum_error(s) for s in found]).reshape(2, seeds, 2).transpose(2, 0, 1)
+    low, high = np.array([spectrum_error(s) for s in found]).reshape(4, seeds, 2).transpose(2, 0, 1)
     bands = networks.haar(pool[:8])
     return {
         "operations_ratio": operations[1] / operations[0],
@@ -124,10 +123,12 @@ def run(preset):
         "seeds_improved": np.mean(high[1] < high[0]),
         "low_error_plain": low[0].mean(),
         "low_error_weighted": low[1].mean(),
-        "high_error_teacher": spectrum_error(true)[1],
+        "high_error_plain_strong": high[2].mean(),
+        "high_error_weighted_strong": high[3].mean(),
+        "high_error_ratio_strong": high[3].mean() / high[2].mean(),
         "high_error_of_data": spectrum_error(textures(2, n, size))[1],
         "reconstruction_error": np.abs(networks.inverse_haar(bands) - pool[:8]).max(),
-        "teacher_grid": np.asarray(true[:16]),
+        "data_grid": np.asarray(pool[:16]),
         "plain_grid": np.asarray(found[0, :16]),
         "weighted_grid": np.asarray(found[seeds, :16]),
     }
