@@ -36,7 +36,7 @@ RECIPE = Recipe(
 )
 PROCESS = processes.cosine()
 NETS = {
-    "latent": networks.UNet(widths=(32, 64), blocks=1, attention=(1,), head_size=16, token_size=2),
+    "latent": networks.UNet(widths=(48,), blocks=1, attention=(0,), head_size=16, token_size=2),
     "pixel": networks.UNet(widths=(16, 32, 64), blocks=1, attention=(2,), head_size=16, token_size=2),
 }
 
