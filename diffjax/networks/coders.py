@@ -1,0 +1,133 @@
+"""The convolutional encoder and decoder of the autoencoders of latent diffusion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+
+from diffjax.networks.attention import logits_of, softmax, weighted
+from diffjax.networks.components import fold, unfold
+from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, rematerialised
+from diffjax.networks.partition import constrain
+from diffjax.networks.resample import double
+from diffjax.networks.taps import Tap
+
+
+class Block(nn.Module):
+    """A residual block without time.   skip(x) + Conv(act(norm(Conv(act(norm(x))))))"""
+
+    features: int
+    groups: int | None
+    act: Callable[[Any], Any]
+    form: ConvForm | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """One block."""
+        n = self.features
+        h = self.act(GroupNorm(self.groups, name="norm_in")(x))
+        h = constrain(Conv(n, form=self.form, dtype=self.dtype, name="conv_in")(h), "batch", ..., "wide")
+        h = self.act(GroupNorm(self.groups, name="norm_out")(h))
+        h = Conv(n, form=self.form, zero=True, dtype=self.dtype, name="conv_out")(h)
+        if x.shape[-1] != n:
+            x = Dense(n, dtype=self.dtype, name="skip")(x)
+        return Tap(name="block")(constrain(x + Tap(name="residual")(h), "batch", ...))
+
+
+class PixelAttention(nn.Module):
+    """Attention of all pixels to all, with one head.   x + softmax(q k^T / sqrt(c)) v W,  q, k, v of norm(x)"""
+
+    groups: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """Mix the pixels of x [B, H, W, c]."""
+        c = x.shape[-1]
+        h = GroupNorm(self.groups, name="norm")(x).reshape(x.shape[0], -1, 1, c)
+        q, k, v = (Tap(name=n)(Dense(c, dtype=self.dtype, name=f"{n}_in")(h)) for n in "qkv")
+        weights = Tap(name="weights")(softmax(Tap(name="logits")(logits_of(q * c**-0.5, k))))
+        h = Dense(c, zero=True, dtype=self.dtype, name="out")(weighted(weights, v))
+        return x + h.reshape(x.shape)
+
+
+class Encoder(nn.Module):
+    """Pictures to a grid `patch` 2^(levels - 1) times coarser.   [B, H, W, C] -> [B, h, w, out]"""
+
+    widths: tuple[int, ...]
+    blocks: int
+    out: int
+    attention: tuple[int, ...]
+    middle_attention: bool
+    groups: int | None
+    act: Callable[[Any], Any]
+    patch: int
+    form: ConvForm | None
+    remat: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Any) -> Any:
+        """The features of x."""
+        block, attend = blocks_of(self)
+        h = fold(x.astype(self.dtype), self.patch)
+        h = Conv(self.widths[0], form=self.form, dtype=self.dtype, name="in")(h)
+        for i, n in enumerate(self.widths):
+            for j in range(self.blocks):
+                h = block(n, f"down_{i}_{j}")(h)
+                if i in self.attention:
+                    h = attend(f"attention_{i}_{j}")(h)
+            if i < len(self.widths) - 1:  # a zero column on the right and a zero row below, none on the other sides
+                h = Conv(n, stride=2, before=0, form=self.form, dtype=self.dtype, name=f"halve_{i}")(h)
+        h = block(self.widths[-1], "middle_0")(h)
+        if self.middle_attention:
+            h = attend("middle_attention")(h)
+        h = block(self.widths[-1], "middle_1")(h)
+        h = self.act(GroupNorm(self.groups, name="norm_out")(h))
+        return Conv(self.out, form=self.form, dtype=self.dtype, name="out")(h)
+
+
+class Decoder(nn.Module):
+    """The grid back to pictures.   [B, h, w, c] -> [B, H, W, out]"""
+
+    widths: tuple[int, ...]
+    blocks: int
+    out: int
+    attention: tuple[int, ...]
+    middle_attention: bool
+    groups: int | None
+    act: Callable[[Any], Any]
+    patch: int
+    form: ConvForm | None
+    remat: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, z: Any) -> Any:
+        """The picture of z."""
+        block, attend = blocks_of(self)
+        h = Conv(self.widths[-1], form=self.form, dtype=self.dtype, name="in")(z.astype(self.dtype))
+        h = block(self.widths[-1], "middle_0")(h)
+        if self.middle_attention:
+            h = attend("middle_attention")(h)
+        h = block(self.widths[-1], "middle_1")(h)
+        for i, n in reversed(tuple(enumerate(self.widths))):
+            for j in range(self.blocks + 1):
+                h = block(n, f"up_{i}_{j}")(h)
+                if i in self.attention:
+                    h = attend(f"attention_{i}_{j}")(h)
+            if i:
+                h = Conv(n, form=self.form, dtype=self.dtype, name=f"double_{i}")(double(h))
+        h = self.act(GroupNorm(self.groups, name="norm_out")(h))
+        h = Conv(self.out * self.patch**2, form=self.form, dtype=self.dtype, name="out")(h)
+        return unfold(h, self.patch)
+
+
+def blocks_of(net: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """How an encoder or a decoder makes its blocks and its attention."""
+    make = rematerialised(Block, net.remat)
+    block = lambda n, name: make(n, net.groups, net.act, net.form, net.dtype, name=name)
+    return block, lambda name: PixelAttention(net.groups, net.dtype, name=name)
