@@ -89,7 +89,7 @@ def seconds(f, repeats):
 
 def run(preset):
     full = preset == "full"
-    stage, steps, batch, n, sampling = (60, 400, 32, 400, 12) if full else (2, 2, 4, 4, 2)
+    stage, steps, batch, n, sampling = (50, 300, 32, 400, 10) if full else (2, 2, 4, 4, 2)
     small = {} if full else {"widths": (8,)}
     photos = crops(full)
     rows, test, third = (photos.read(split) for split in ("train", "test", "classifier"))
