@@ -18,7 +18,7 @@ import numpy as np
 from diffjax import networks
 from diffjax import numerics as nu
 from diffjax.data import DataError, Dataset, DataTransform
-from diffjax.networks import Autoencoder, Posterior
+from diffjax.networks import Posterior
 from diffjax.numerics import pytree_dataclass
 from diffjax.training import CheckpointError, export_safetensors, load_safetensors
 from diffjax.training.weights import WeightsFile
@@ -34,7 +34,7 @@ class LatentSpace:
     `shift` and `scale` are [c], one for each channel (the last axis) of the latent. All of it are leaves.
     """
 
-    autoencoder: Autoencoder
+    autoencoder: Any
     shift: Any
     scale: Any
 
@@ -80,7 +80,7 @@ def _chunked(f: Callable[[Any, Any], Any], x: Any, chunk: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
-def moments(autoencoder: Autoencoder, x: Any, *, chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray]:
+def moments(autoencoder: Any, x: Any, *, chunk: int = CHUNK) -> tuple[np.ndarray, np.ndarray]:
     """Mean and deviation of the latent of data x, per channel, streamed.   Var z = Var E[z | x] + E Var[z | x]
 
     Args: x: [N, ...] in model coordinates; sums are kept in float64.
@@ -101,12 +101,12 @@ def moments(autoencoder: Autoencoder, x: Any, *, chunk: int = CHUNK) -> tuple[np
 
 
 @jax.jit
-def _posterior(autoencoder: Autoencoder, x: Any) -> Posterior:
+def _posterior(autoencoder: Any, x: Any) -> Posterior:
     return autoencoder.encode(x)
 
 
 def latent_space(
-    autoencoder: Autoencoder, x: Any, *, per_channel: bool = True, shift: bool = True, chunk: int = CHUNK
+    autoencoder: Any, x: Any, *, per_channel: bool = True, shift: bool = True, chunk: int = CHUNK
 ) -> LatentSpace:
     """The latent space in which data x have mean zero and deviation one.
 

@@ -60,7 +60,7 @@ def match_scale(a: Any, own: Scale, target: Scale) -> jax.Array:
 class ResidualAutoencoder(nn.Module):
     """The trained half: the encoder of the residual, and the decoder of features and residual.
 
-    Both are those of `KLAutoencoder`, and reach 2^(levels - 1) times coarser grids, as the features must be. Taps:
+    Both are those of `KLAutoencoder`, and reach patch 2^(levels - 1) times coarser grids, as the features must be. Taps:
     `encoder/...`, `decoder/...`.
     Methods: `residual(x)`: [B, h, w, residual_channels]; `decode(z)`: pictures of z [B, h, w, features + residual]; the call
     is `decode([features, residual(x)])`.
@@ -81,6 +81,7 @@ class ResidualAutoencoder(nn.Module):
     attention: tuple[int, ...] = ()  # levels with attention after each block
     middle_attention: bool = True
     out_channels: int = 3
+    patch: int = 1  # pixels are folded into channels by squares of this side, which makes the first level cheaper
     groups: int | None = None  # of the norms; default: of four channels or more, at most 32
     act: Callable[[Any], Any] = nn.silu
     conv: ConvForm | None = None
@@ -90,12 +91,13 @@ class ResidualAutoencoder(nn.Module):
 
     def setup(self) -> None:
         """The two parts."""
-        rest = (
-            self.attention, self.middle_attention, self.groups, self.act, self.conv, self.remat, self.dtype,
+        rest = dict(
+            widths=self.widths, blocks=self.blocks, attention=self.attention, middle_attention=self.middle_attention,
+            groups=self.groups, act=self.act, patch=self.patch, form=self.conv, remat=self.remat, dtype=self.dtype,
         )  # fmt: skip
         if self.residual_channels:
-            self.encoder = Encoder(self.widths, self.blocks, self.residual_channels, *rest)
-        self.decoder = Decoder(self.widths, self.blocks, self.out_channels, *rest)
+            self.encoder = Encoder(out=self.residual_channels, **rest)
+        self.decoder = Decoder(out=self.out_channels, **rest)
 
     def residual(self, x: Any) -> jax.Array:
         """What the residual branch says of x, in its own scale."""
@@ -165,7 +167,16 @@ class FeatureAutoencoderOf:
         """Fresh parameters of both, a nested dict of float32 arrays.   x: data of one item or more; only its shape matters"""
         x = zeros(x)
         features = jax.eval_shape(self.features, self.frozen, x)
-        return jax.jit(self.module.init)(key, x, zeros(features))["params"]
+        init = _init_module if isinstance(key, jax.core.Tracer) else _init
+        return init(self.module, key, x, zeros(features))["params"]
+
+
+def _init_module(module: Any, key: Any, x: Any, features: Any) -> Any:
+    return module.init(key, x, features)
+
+
+# runs once, so it is compiled without optimisation
+_init = jax.jit(_init_module, static_argnums=0, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def feature_autoencoder(module: nn.Module, features: Callable[..., Any], frozen: PyTree) -> FeatureAutoencoderOf:

@@ -211,14 +211,15 @@ class ImplicitAutoencoder(nn.Module):
     The encoder is that of `KLAutoencoder`; the decoder makes basis fields (`BasisFields`), which are read and evaluated
     coarse to fine (`Implicit`) wherever they are asked for. Taps: `encoder/...`, `fields/...`, `values/...`.
     Methods: `encode(x) -> Posterior`; `decode(z, coords=None)`: [B, N, out_channels] at the coordinates, by default the
-    pictures [B, H, W, out_channels] at the resolution of the latent times 2^(levels - 1); `decode_grid(z, shape)`: the
+    pictures [B, H, W, out_channels] at the resolution of the latent times patch 2^(levels - 1); `decode_grid(z, shape)`: the
     pictures at another resolution; the call is `decode(encode(x).mean, coords)`.
     Raises: ValueError: scales or levels that do not exist; at a call, shapes that do not fit.
 
     Example:
         >>> net = ImplicitAutoencoder(widths=(8, 8), features=4, width=8, out_channels=1)
-        >>> v = net.init(jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
-        >>> net.apply(v, jnp.zeros((2, 2, 2, 4)), (7, 9), method="decode_grid").shape
+        >>> v = jax.eval_shape(net.init, jax.random.key(0), jnp.zeros((1, 4, 4, 1)))
+        >>> picture = lambda v: net.apply(v, jnp.zeros((2, 2, 2, 4)), (7, 9), method="decode_grid")
+        >>> jax.eval_shape(picture, v).shape
         (2, 7, 9, 1)
 
     Reference: Park et al. 2024, arXiv:2401.12517.
@@ -228,6 +229,7 @@ class ImplicitAutoencoder(nn.Module):
     blocks: int = 1
     latent_channels: int = 4
     attention: tuple[int, ...] = ()  # levels of the encoder with attention after each block
+    patch: int = 1  # pixels are folded into channels by squares of this side: level i works at H / (patch 2^i)
     features: int = 16  # channels of a basis field
     scales: tuple[int, ...] | None = None  # levels with a basis field, coarse to fine; default all
     width: int = 64  # of the network of coordinates
@@ -247,8 +249,9 @@ class ImplicitAutoencoder(nn.Module):
         if not scales or any(not 0 <= i < n for i in scales):
             raise ValueError(f"scales must name levels 0 to {n - 1} of widths={self.widths}; got {self.scales}")
         self.encoder = Encoder(
-            self.widths, self.blocks, 2 * self.latent_channels, self.attention, False, self.groups, self.act, self.conv,
-            self.remat, self.dtype,
+            widths=self.widths, blocks=self.blocks, out=2 * self.latent_channels, attention=self.attention,
+            middle_attention=False, groups=self.groups, act=self.act, patch=self.patch, form=self.conv, remat=self.remat,
+            dtype=self.dtype,
         )  # fmt: skip
         self.fields = BasisFields(
             self.widths, self.blocks, self.features, scales, self.groups, self.act, self.conv, self.dtype
@@ -266,7 +269,7 @@ class ImplicitAutoencoder(nn.Module):
     def decode(self, z: Any, coords: Any = None) -> jax.Array:
         """The values of the function that z stands for."""
         if coords is None:
-            factor = 2 ** (len(self.widths) - 1)
+            factor = self.patch * 2 ** (len(self.widths) - 1)
             return self.decode_grid(z, (factor * z.shape[1], factor * z.shape[2]))
         return self.values(self.fields(z), coords)
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from diffjax import losses
+from diffjax import latent, losses
 from diffjax import networks as nw
 from diffjax.networks import frozen as fz
 
@@ -85,3 +85,11 @@ def test_bad_input_is_refused():
         nw.feature_autoencoder(nw.KLAutoencoder(), blur, FROZEN)
     with pytest.raises(ValueError, match="divisible by 2"):
         jax.eval_shape(NET.init, jax.random.key(0), X[:, :3], blur(FROZEN, X))
+
+
+def test_it_spans_a_latent_space(params):
+    space = latent.latent_space(jax.jit(lambda: MAKE(params).measured(X))(), X)
+    z = space.encode_all(X)
+    np.testing.assert_allclose(z.reshape(-1, 5).mean(0), 0, atol=1e-5)
+    np.testing.assert_allclose(z.reshape(-1, 5).std(0), 1, atol=1e-4)
+    assert space.decode_all(z).shape == X.shape
