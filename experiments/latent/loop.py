@@ -6,25 +6,36 @@ import jax.numpy as jnp
 from diffjax import training
 
 
-def train(
-    model, loss, params, arrays, steps, *, batch=64, rate=2e-3, seed=0, decay=0.995, condition=training.condition
-):
-    """The averaged parameters after `steps` batches of `arrays` = {x, ...}, drawn with replacement.
+def trainer(model, loss, steps, *, batch=64, rate=2e-3, decay=0.995, marks=1, condition=training.condition):
+    """A compiled `(params, arrays, seed=0) -> averaged parameters` after `steps` batches drawn with replacement.
 
-    model: params -> what the loss takes, a denoiser or an autoencoder.
+    model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}.   marks: stops, equally far from
+    each other, at which the average is kept; with more than one, the leaves of the result are [marks, ...].   condition:
+    see `make_train_step`.
     """
     optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1)), clip=1.0)
     emas = {"mean": training.ema.decay(decay if steps > 500 else 0.9)}
     step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition)
-    arrays = jax.tree.map(jnp.asarray, arrays)
 
     @jax.jit
     def run(state, arrays):
-        def body(state, i):
-            key = jax.random.fold_in(jax.random.key(1000 + seed), i)
-            pick = jax.random.randint(key, (batch,), 0, len(arrays["x"]))
+        def update(state, _):
+            pick = jax.random.randint(jax.random.fold_in(state.key, -1 - state.step), (batch,), 0, len(arrays["x"]))
             return step(state, {name: a[pick] for name, a in arrays.items()})[0], None
 
-        return jax.lax.scan(body, state, jnp.arange(steps))[0]
+        def stretch(state, _):
+            state = jax.lax.scan(update, state, length=steps // marks)[0]
+            return state, state.ema["mean"]
 
-    return run(training.init_state(params, optimizer, seed, emas=emas), arrays).ema["mean"]
+        return jax.lax.scan(stretch, state, length=marks)[1]
+
+    def start(params, arrays, seed=0):
+        kept = run(training.init_state(params, optimizer, seed, emas=emas), jax.tree.map(jnp.asarray, arrays))
+        return kept if marks > 1 else jax.tree.map(lambda a: a[0], kept)
+
+    return start
+
+
+def train(model, loss, params, arrays, steps, *, seed=0, **options):
+    """The averaged parameters after `steps` batches of `arrays` = {x, ...}; options as those of `trainer`."""
+    return trainer(model, loss, steps, **options)(params, arrays, seed)
