@@ -14,7 +14,8 @@ noise are so badly conditioned at t = 1 that samples of students this small leav
 
 A cut of the error by 30 % was expected; in 600 steps it is half of that: 0.168 instead of 0.199, less for each initial
 weights, with the low frequencies as they were (0.096 and 0.095). With ten times the weight of the last term plain
-distillation gains more than the weighted one does (0.180 and 0.169). The bound here is a cut by a tenth.
+distillation gains more than the weighted one does (0.180 and 0.169). So the bound below fails; a cut by a
+tenth holds.
 """
 
 import jax
@@ -29,11 +30,11 @@ from experiments.recipe import Recipe, at_least, at_most
 RECIPE = Recipe(
     ledger=99,
     paper="arXiv:2211.17106",
-    claim="a student of 1/8 of the operations has a log-spectrum 10 % nearer to the data's at high frequencies if "
-    "distilled with weights on weak frequencies; bands reconstruct",
+    claim="a student of 1/8 of the operations has a log-spectrum 30 % nearer to the data's at high frequencies if "
+    "distilled with weights on weak frequencies; gates of one reconstruct",
     expect={
         "operations_ratio": at_most(1 / 8),
-        "high_error_ratio": at_most(0.9),
+        "high_error_ratio": at_most(0.7),
         "reconstruction_error": at_most(1e-6),
         "seeds_improved": at_least(1.0),
     },
@@ -56,23 +57,18 @@ def textures(seed, n, size):
     return np.fft.ifft2(np.fft.fft2(z) * amplitudes(size)).real[..., None].astype(np.float32)
 
 
-def rings(p):
+def rings(power):
     """Mean power by distance from zero frequency, in rings of width one."""
-    k = np.fft.fftfreq(len(p)) * len(p)
+    k = np.fft.fftfreq(len(power)) * len(power)
     ring = np.rint(np.hypot(k[:, None], k[None, :])).astype(int)
-    return np.bincount(ring.ravel(), p.ravel()) / np.bincount(ring.ravel())
+    return np.bincount(ring.ravel(), power.ravel()) / np.bincount(ring.ravel())
 
 
-def power(x):
-    """Mean power of every frequency of pictures."""
-    return np.mean(np.abs(np.fft.fft2(np.asarray(x, np.float64)[..., 0], norm="ortho")) ** 2, 0)
-
-
-def spectrum_error(x, truth=None):
-    """Mean |log power - true log power| over the rings below and above half of the highest frequency."""
-    truth = amplitudes(x.shape[1]) ** 2 if truth is None else truth
-    gap = np.abs(np.log(rings(power(x))) - np.log(rings(truth)))
-    cut = x.shape[1] // 4 + 1
+def spectrum_error(x):
+    """Mean |log power - that of the data| over the rings below and above half of the highest frequency."""
+    power = np.mean(np.abs(np.fft.fft2(np.asarray(x, np.float64)[..., 0], norm="ortho")) ** 2, 0)
+    gap = np.abs(np.log(rings(power)) - np.log(rings(amplitudes(len(power)) ** 2)))
+    cut = len(power) // 4 + 1
     return gap[:cut].mean(), gap[cut:].mean()
 
 
@@ -112,21 +108,18 @@ def run(preset):
     start = big.init(jax.random.key(0), x, t)
     teacher = jax.jit(lambda p, pool: train(big, base, p, pool, steps=steps, batch=batch))(start, pool)
 
-    def student(params, alpha, teacher, pool):
+    def student(params, alpha, frequency, teacher, pool):
         teacher = diffjax.denoiser(big, PROCESS, diffjax.from_velocity, teacher)
-        return train(
-            small, losses.spectral_distillation(base, teacher, alpha=alpha), params, pool, steps=steps, batch=batch
-        )
+        loss = losses.spectral_distillation(base, teacher, alpha=alpha, frequency=frequency)
+        return train(small, loss, params, pool, steps=steps, batch=batch)
 
     inits = [small.init(jax.random.key(10 + i), x, t) for i in range(seeds)]
-    inits = jax.tree.map(lambda *leaves: jnp.stack(leaves * 2), *inits)  # plain, then weighted
-    alphas = jnp.repeat(jnp.asarray([0.0, -1.0]), seeds)
-    students = jax.jit(jax.vmap(student, (0, 0, None, None)))(inits, alphas, teacher, pool)
+    inits = jax.tree.map(lambda *leaves: jnp.stack(leaves * 4), *inits)
+    alphas, frequencies = (jnp.repeat(jnp.asarray(a), seeds) for a in ([0.0, -1.0, 0.0, -1.0], [0.1, 0.1, 1.0, 1.0]))
+    students = jax.jit(jax.vmap(student, (0, 0, 0, None, None)))(inits, alphas, frequencies, teacher, pool)
 
     found = jax.jit(jax.vmap(lambda p: draw(small, p, solver, n, size)))(students)
-    model = jax.jit(lambda p: draw(big, p, solver, n, size))(teacher)
-    errors = lambda *to: np.array([spectrum_error(s, *to) for s in found]).reshape(2, seeds, 2).transpose(2, 0, 1)
-    (low, high), (_, taught) = errors(), errors(power(model))
+    low, high = np.array([spectrum_error(s) for s in found]).reshape(4, seeds, 2).transpose(2, 0, 1)
     bands = networks.haar(pool[:8])
     return {
         "operations_ratio": operations[1] / operations[0],
@@ -136,11 +129,12 @@ def run(preset):
         "seeds_improved": np.mean(high[1] < high[0]),
         "low_error_plain": low[0].mean(),
         "low_error_weighted": low[1].mean(),
-        "high_error_ratio_to_teacher": taught[1].mean() / taught[0].mean(),
-        "high_error_teacher": spectrum_error(model)[1],
+        "high_error_plain_strong": high[2].mean(),
+        "high_error_weighted_strong": high[3].mean(),
+        "high_error_ratio_strong": high[3].mean() / high[2].mean(),
         "high_error_of_data": spectrum_error(textures(2, n, size))[1],
         "reconstruction_error": np.abs(networks.inverse_haar(bands) - pool[:8]).max(),
-        "teacher_grid": np.asarray(model[:16]),
+        "data_grid": np.asarray(pool[:16]),
         "plain_grid": np.asarray(found[0, :16]),
         "weighted_grid": np.asarray(found[seeds, :16]),
     }
