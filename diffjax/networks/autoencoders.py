@@ -19,7 +19,7 @@ from diffjax.networks.partition import RESIDUAL, Rules
 CLIP = (-30.0, 20.0)  # of the log-variance, as in the released code of latent diffusion
 
 
-def _check(net: Any, x: Any) -> Any:
+def check_picture(net: Any, x: Any) -> Any:
     """A picture that fits.   Raises: ValueError: integers, another rank, sizes that do not divide, levels that are none."""
     name, levels = type(net).__name__, len(net.widths)
     factor = net.patch * 2 ** (levels - 1)
@@ -87,7 +87,7 @@ class KLAutoencoder(nn.Module):
 
     def encode(self, x: Any) -> Posterior:
         """The Gaussian posterior of x."""
-        x = _check(self, x)
+        x = check_picture(self, x)
         h = self.quant(self.encoder(x)).astype(at_least_float32(x.dtype))
         mean, log_variance = jnp.split(h, 2, axis=-1)
         return Posterior(mean + self.linear_in(x), jnp.clip(log_variance, *CLIP))
@@ -148,7 +148,7 @@ class VQAutoencoder(nn.Module):
 
     def encode(self, x: Any) -> Posterior:
         """The point that the codebook would quantise."""
-        x = _check(self, x)
+        x = check_picture(self, x)
         return Posterior(self.quant(self.encoder(x)).astype(at_least_float32(x.dtype)) + self.linear_in(x))
 
     def quantise(self, z: Any) -> Quantised:

@@ -114,7 +114,9 @@ class Adaptive:
 
 
 class Force(nn.Module):
-    """The acceleration of a dynamic block.   f = Conv(act(FiLM(norm(Conv(act(norm([z, v])))))),  FiLM by (code, tau)
+    """The acceleration of a dynamic block.   f = Conv(act(FiLM(norm(Conv([act(norm(z)), v]))))),  FiLM by (code, tau)
+
+    The velocity is not normalised: it is small at first, and a norm would make f steep there.
 
     Args: z, v: [B, H, W, c].   c: [B, k].   tau: scalar.   Returns: [B, H, W, c], zero at the start.
     """
@@ -128,7 +130,8 @@ class Force(nn.Module):
     def __call__(self, z: Any, v: Any, c: Any, tau: Any) -> jax.Array:
         """The acceleration at (z, v) and block time tau."""
         n = self.features
-        h = self.act(GroupNorm(name="norm_in")(jnp.concatenate([z, v], axis=-1).astype(self.dtype)))
+        h = self.act(GroupNorm(name="norm_in")(z.astype(self.dtype)))
+        h = jnp.concatenate([h, v.astype(self.dtype)], axis=-1)
         h = constrain(Conv(n, form=self.form, dtype=self.dtype, name="conv_in")(h), "batch", ..., "wide")
         c = jnp.concatenate([c, jnp.full_like(c[:, :1], tau)], axis=-1)
         film = constrain(Dense(2 * n, dtype=self.dtype, name="film")(c), "batch", ...)

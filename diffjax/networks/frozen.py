@@ -16,8 +16,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffjax.networks.adapters import zeros
-from diffjax.networks.autoencoders import Decoder, Encoder, _check
+from diffjax.networks.autoencoders import check_picture
 from diffjax.networks.codec import Posterior
+from diffjax.networks.coders import Decoder, Encoder
 from diffjax.networks.layers import ConvForm, at_least_float32
 from diffjax.networks.partition import RESIDUAL, Rules
 from diffjax.numerics import PyTree, pytree_dataclass, static
@@ -101,7 +102,7 @@ class ResidualAutoencoder(nn.Module):
 
     def residual(self, x: Any) -> jax.Array:
         """What the residual branch says of x, in its own scale."""
-        return self.encoder(_check(self, x)).astype(at_least_float32(jnp.asarray(x).dtype))
+        return self.encoder(check_picture(self, x)).astype(at_least_float32(jnp.asarray(x).dtype))
 
     def decode(self, z: Any) -> jax.Array:
         """The picture of the latent z."""

@@ -14,8 +14,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.networks.autoencoders import CLIP, Block, Encoder, _check
+from diffjax.networks.autoencoders import CLIP, check_picture
 from diffjax.networks.codec import Posterior
+from diffjax.networks.coders import Block, Encoder
 from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32
 from diffjax.networks.partition import BLOCK, RESIDUAL, Rules
 from diffjax.networks.resample import double
@@ -262,7 +263,7 @@ class ImplicitAutoencoder(nn.Module):
 
     def encode(self, x: Any) -> Posterior:
         """The Gaussian posterior of x."""
-        h = self.encoder(_check(self, x)).astype(at_least_float32(jnp.asarray(x).dtype))
+        h = self.encoder(check_picture(self, x)).astype(at_least_float32(jnp.asarray(x).dtype))
         mean, log_variance = jnp.split(h, 2, axis=-1)
         return Posterior(mean, jnp.clip(log_variance, *CLIP))
 
