@@ -7,6 +7,10 @@ is a U-Net of the same kind at 32 x 32 with as many training operations as autoe
 their traced programs; seconds of training are reported beside them. Scores are Frechet distances in a fixed random convolutional
 network against held-out crops; `floor_frechet` is that of as many training crops, `decoded_frechet` that of held-out crops that
 went through the autoencoder. A judge trained on other crops reads the class of the samples.
+
+The first claim fails in the committed run, which was cut to 300 steps of the latent model: 13.0 against 10.2 of the pixel model,
+where training crops themselves have 9.0 against the held-out ones, so the score says little about the last steps towards the data.
+The pixel model does not follow its class (52 %), the latent model does (93 %).
 """
 
 import time
