@@ -123,7 +123,8 @@ def run(preset):
     ratio = max(score(samples), floor) / max(score(space.decode_all(z)), floor)
     latents = np.resize(np.asarray(drawn) * space.scale + space.shift, (len(held), *z.shape[1:]))  # one compiled size
     larger = read(decode(space.autoencoder, jnp.asarray(latents)))[32]
-    picture = lambda y: np.clip(digits.transform.decode(np.asarray(y)), 0, 16)
+    grey = digits.transform
+    picture = lambda y: np.clip(np.asarray(y) * grey.std + grey.mean, 0, 16)  # of any size
     whole = out["hierarchy_psnr_16"] + out["hierarchy_psnr_32"] - out["one_scale_psnr_16"] - out["one_scale_psnr_32"]
     return {
         **out,
