@@ -235,6 +235,9 @@ AUTOENCODERS: dict[str, Card] = {
         KLAutoencoder, paper="arXiv:2112.10752#3.1", summary="latent of independent Gaussians", flags=("image",)
     ),
     "vq": Card(VQAutoencoder, paper="arXiv:2012.09841#3.1", summary="latent of codes, or tokens", flags=("image",)),
+    "implicit": Card(
+        ImplicitAutoencoder, paper="arXiv:2401.12517", summary="latent of a function of coordinates", flags=("image",)
+    ),
 }
 
 
