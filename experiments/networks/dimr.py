@@ -11,6 +11,10 @@ least as many operations. Losses are of the velocity of held-out digits at the s
 
 `*_high_error` is the mean |log(P / P_data)| of the power spectra of samples over frequencies in the upper half of the band,
 `floor_high_error` that of the test split.
+
+Two claims fail here, after 400 steps of 32 digits: the loss is 3.3 % above that of adaLN, where the two seeds differ by 2.5 %, and
+the DiT, with 19 % more operations, is ahead in loss and in high frequencies. None of them has converged: of 8 x 8 pixels, patches
+of 4 are small pictures, and zero-gated blocks start faster than these.
 """
 
 import flax.linen as nn
