@@ -37,7 +37,7 @@ def run(preset):
     full = preset == "full"
     photos = crops(full)
     x, test = (photos.read(split)["x"] for split in ("train", "test"))
-    start, trained = first_stage(photos, 250 if full else 2, **({} if full else {"widths": (8,)}))
+    start, trained, _ = first_stage(photos, 250 if full else 2, **({} if full else {"widths": (8,)}))
     space = latent.latent_space(trained, x)
     z = space.encode_all(test)
     y = space.decode_all(z)
@@ -83,7 +83,7 @@ def codes(photos, full):
             **params,
             "codebook": networks.restart_codes(key, params["codebook"], encode(params, x[:256]), least=least),
         }
-        params = train(make, loss, params, {"x": x}, 50 if full else 2, batch=32, rate=1e-3, seed=part)
+        params = train(make, loss, params, {"x": x}, 50 if full else 2, batch=32, rate=1e-3, seed=part).params
         least = 0.05
     a = make(params)
     tokens = jax.jit(lambda a, x: a.encode_tokens(x))(a, jnp.asarray(test))

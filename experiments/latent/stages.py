@@ -1,5 +1,8 @@
 """What the recipes of latent diffusion share: training on arrays that fit on the device, and the first stage."""
 
+import time
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,8 +13,15 @@ from diffjax import data, losses, networks, training
 KL = 1e-6
 
 
+class Trained(NamedTuple):
+    """The averaged parameters, and the seconds of training without compilation."""
+
+    params: Any
+    seconds: float
+
+
 def train(model, loss, params, arrays, steps, *, batch, rate, seed=0, chunk=50, condition=training.condition):
-    """The averaged parameters after `steps` batches of `arrays` = {x, ...}, drawn with replacement.
+    """What `steps` batches of `arrays` = {x, ...} give, drawn with replacement; whole chunks, at least one.
 
     Codes that are moving averages have a step of rate one.
     """
@@ -32,18 +42,21 @@ def train(model, loss, params, arrays, steps, *, batch, rate, seed=0, chunk=50, 
         return jax.lax.scan(body, state, None, length=chunk)[0]
 
     state = training.init_state(params, optimizer, seed, emas=emas)
+    run = run.lower(state, arrays).compile()
+    begin = time.perf_counter()
     for _ in range(steps // chunk):
         state = run(state, arrays)
-    return state.ema["mean"]
+    return Trained(jax.block_until_ready(state.ema["mean"]), time.perf_counter() - begin)
 
 
 def first_stage(photos, steps, *, batch=32, rate=1e-3, **fields):
-    """`(untrained, trained)` autoencoders `kl4` of the crops; the first is the best linear map of squares."""
+    """`(untrained, trained, seconds)` of autoencoders `kl4` of the crops; the first is the best linear map of squares."""
     module = networks.preset("kl4", **fields)
     make, x = networks.autoencoder(module), photos.read("train")["x"]
     params = networks.start_linear(module, make.init(jax.random.key(0), x[:1]), x[:1000])
     loss = losses.autoencoder_loss(losses.squared, kl=KL)
-    return make(params), make(train(make, loss, params, {"x": x}, steps, batch=batch, rate=rate))
+    found = train(make, loss, params, {"x": x}, steps, batch=batch, rate=rate)
+    return make(params), make(found.params), found.seconds
 
 
 def crops(full):

@@ -75,7 +75,7 @@ def high_error(x, reference):
 
 def run(preset):
     full = preset == "full"
-    width, depth, steps, batch, seeds, made = (32, 3, 400, 32, 2, 500) if full else (8, 1, 2, 4, 1, 10)
+    width, depth, steps, batch, seeds, made = (32, 3, 1000, 32, 2, 500) if full else (8, 1, 2, 4, 1, 10)
     digits = data.load("digits")
     seen, held = ({k: digits.read(split)[k] for k in ("x", "label")} for split in ("train", "test"))
     one = (jnp.zeros((1, *digits.shape)), jnp.zeros(1), jnp.zeros(1, jnp.int32))

@@ -57,7 +57,7 @@ def first_below(curve, level, steps):
 
 def run(preset):
     full = preset == "full"
-    steps, batch, width, depth, seeds, record = (500, 64, 32, 3, 3, 25) if full else (4, 8, 8, 1, 1, 2)
+    steps, batch, width, depth, seeds, record = (1500, 64, 32, 3, 3, 25) if full else (4, 8, 8, 1, 1, 2)
     net = networks.from_linen(networks.DiT(width=width, depth=depth, heads=4 if full else 2, num_classes=CLASSES))
     denoiser = lambda fn: lambda params: diffjax.denoiser(fn, processes.rectified(), diffjax.from_velocity, params)
     plain, routed = denoiser(net), denoiser(networks.task_routed(net, BETA, ALPHA))
