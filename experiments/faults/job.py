@@ -15,6 +15,7 @@ import numpy as np
 
 from diffjax import data, networks, training
 from diffjax.cli import build, config
+from diffjax.cli import model as models
 from diffjax.training import CheckpointStore, FitResult, Hook, TrainState
 from experiments.__main__ import CACHE
 
@@ -43,7 +44,7 @@ def make(width: int = 192) -> Job:
     settings = config.preset("gaussians")
     rate = config.Training(steps=10**6, batch_size=BATCH, decay="constant")
     optimizer, averages = build.optimiser(rate)[0], build.averages(rate)
-    module = build.network(config.Model("mlp", width=width, depth=2), SHAPE, CLASSES)
+    module = models.network(config.Model("mlp", width=width, depth=2), SHAPE, CLASSES)
     params = networks.initialise(module, jax.random.key(0), *build.zeros(SHAPE, CLASSES, 0))
     settings = config.Train("gaussians", model=config.Model("mlp", width=width, depth=2), process=settings.process)
     train_step = training.make_train_step(

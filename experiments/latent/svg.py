@@ -1,6 +1,6 @@
 """SVG: latent diffusion without a variational autoencoder, in frozen features with a residual branch.
 
-F is a convolutional encoder trained without labels, to denoise, and frozen: 2 x 2 x 8 numbers a digit. R adds 2 x 2 x 4 numbers
+F is a convolutional encoder trained without labels, to denoise, and frozen: 2 x 2 x 6 numbers a digit. R adds 2 x 2 x 6 numbers
 for what F left out, brought to the mean and deviation of F, and one decoder reads [F, R]. The latent is diffused directly,
 flow matching x_t = (1 - t) z + t eps on all 12 channels. Compared are the decoder of F alone, and a KL autoencoder of an equal
 latent, trained as long. The two latent models have one network, one budget and one noise; they are scored along their training
@@ -31,9 +31,9 @@ RECIPE = Recipe(
     },
     minutes=2,
 )
-PROCESS, WIDTHS, FEATURES, RESIDUAL = processes.rectified(), (32,), 8, 4
+PROCESS, WIDTHS, FEATURES, RESIDUAL = processes.rectified(), (32,), 6, 6
 NOISE = 1.0  # with which the features are trained; the pictures have deviation one
-MARKS, STEPS = 10, (1, 2, 4, 10)
+MARKS, STEPS = 10, (1, 2, 3, 4, 6, 8, 10)
 SHAPE = dict(widths=WIDTHS, patch=4, middle_attention=False, out_channels=1)
 FROZEN = networks.KLAutoencoder(latent_channels=FEATURES, **SHAPE)
 

@@ -13,7 +13,7 @@ import toy
 from collectives import collectives
 
 from diffjax import networks, training
-from diffjax.cli import build, config
+from diffjax.cli import build, config, model
 from diffjax.cli import run as runs
 from diffjax.training import devices, plan
 from diffjax.training.layouts import Layout
@@ -25,7 +25,7 @@ SHAPE, CLASSES = (32, 32, 4), 1000
 def case(settings, shape, classes):
     """(train_step, shapes of the parameters, shapes of a batch, rules)"""
     t = settings.training
-    net = build.network(settings.model, shape, classes)
+    net = model.network(settings.model, shape, classes)
     train_step = training.make_train_step(
         build.model(settings, shape, classes, training=True), build.loss(settings.objective, classes),
         build.optimiser(t)[0], emas=build.averages(t), accumulate=t.accumulate,
