@@ -11,6 +11,10 @@ places, lets them attend to the seen ones and to the features of the first view,
 held-out digits, interpolated between evaluations (1.01 if it is never reached; below 0.75 is the proposed claim);
 `work_ratio` is what a step with masks costs. The vector is compared with the same views as tokens of a cross-attention
 (`tokens_loss`) and with no masks (`plain_loss`).
+
+The claim fails here: after 400 steps on pictures of 8 x 8 the losses with and without masks are equal to .0004, over two seeds that
+differ by .6 %, and the curves lie on each other. Masks help where pictures have parts to infer and training is long; that cost and
+result at inference are those of the plain network holds.
 """
 
 import jax
