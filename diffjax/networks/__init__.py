@@ -23,6 +23,7 @@ from diffjax.networks.codec import Autoencoder, AutoencoderOf, Posterior, autoen
 from diffjax.networks.components import start_linear
 from diffjax.networks.conditions import Condition, null_condition, read_condition
 from diffjax.networks.continuous import Adaptive, ContinuousUNet, Steps
+from diffjax.networks.convolution import Conv, canonical, native, slices
 from diffjax.networks.delta_rule import delta_chunked, delta_scan
 from diffjax.networks.dimr import Branch, DiMR, TimeNorm
 from diffjax.networks.discriminator import Adversary, PatchDiscriminator, adversary
@@ -34,7 +35,7 @@ from diffjax.networks.feed_forward import SparseMLP, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.frozen import FeatureAutoencoder, ResidualAutoencoder, feature_autoencoder, match_scale, scale_of
 from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
-from diffjax.networks.layers import Conv, canonical, native, slices, stack_blocks, unstack_blocks
+from diffjax.networks.layers import stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle
 from diffjax.networks.magnitude import (
     CosineAttention,

@@ -13,7 +13,8 @@ from diffjax.networks.codebook import Codebook, Quantised
 from diffjax.networks.codec import Posterior
 from diffjax.networks.coders import Decoder, Encoder
 from diffjax.networks.components import linear_paths
-from diffjax.networks.layers import ConvForm, Dense, at_least_float32
+from diffjax.networks.convolution import ConvForm
+from diffjax.networks.layers import Dense, at_least_float32
 from diffjax.networks.partition import RESIDUAL, Rules
 
 CLIP = (-30.0, 20.0)  # of the log-variance, as in the released code of latent diffusion

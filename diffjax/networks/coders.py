@@ -9,7 +9,8 @@ import flax.linen as nn
 
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.components import fold, unfold
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, rematerialised
+from diffjax.networks.convolution import Conv, ConvForm
+from diffjax.networks.layers import Dense, GroupNorm, rematerialised
 from diffjax.networks.partition import constrain
 from diffjax.networks.resample import double
 from diffjax.networks.taps import Tap

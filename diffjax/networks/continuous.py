@@ -12,16 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.convolution import Conv, ConvForm
 from diffjax.networks.embeddings import UNIT, Frequencies
-from diffjax.networks.layers import (
-    Conv,
-    ConvForm,
-    Dense,
-    GroupNorm,
-    at_least_float32,
-    modulate,
-    rematerialised,
-)
+from diffjax.networks.layers import Dense, GroupNorm, at_least_float32, modulate, rematerialised
 from diffjax.networks.partition import ATTENTION, CODE, COLUMN, FILM, RESIDUAL, Rules, constrain
 from diffjax.networks.resample import double, halve
 from diffjax.networks.taps import Tap
@@ -207,7 +200,7 @@ class ContinuousUNet(nn.Module):
     out_channels: int | None = None  # default those of x
     frequencies: Frequencies = UNIT
     act: Callable[[Any], Any] = nn.silu
-    conv: ConvForm | None = None  # `layers.native`, `layers.slices`, or None: the faster
+    conv: ConvForm | None = None  # `native`, `slices`, or None: the faster
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
     RULES: ClassVar[Rules] = (*ATTENTION, *RESIDUAL, (r"force/norm_out/(scale|bias)$", COLUMN), *FILM, *CODE)

@@ -13,9 +13,10 @@ from jax.sharding import PartitionSpec
 
 from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import read_condition, read_state, read_time
+from diffjax.networks.convolution import Conv, ConvForm
 from diffjax.networks.dit import patches
 from diffjax.networks.embeddings import LabelEmbedding, grid_positions
-from diffjax.networks.layers import Conv, ConvForm, Dense, at_least_float32, fan_in_uniform, rematerialised
+from diffjax.networks.layers import Dense, at_least_float32, fan_in_uniform, rematerialised
 from diffjax.networks.partition import ATTENTION, COLUMN, ROW, Rules, constrain
 from diffjax.networks.taps import Tap
 
@@ -221,7 +222,7 @@ class DiMR(nn.Module):
     norm: Callable[..., Any] = TimeNorm  # of the blocks: `norm(name=...)(x, u)`
     act: Callable[[Any], Any] = nn.gelu
     dropout: float = 0.0
-    conv: ConvForm | None = None  # of the outputs, see `layers.Conv`
+    conv: ConvForm | None = None  # of the outputs, see `convolution.Conv`
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
     RULES: ClassVar[Rules] = (  # along the mesh axis `model`

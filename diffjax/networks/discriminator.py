@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec
 
 from diffjax.networks.adapters import from_linen
 from diffjax.networks.codec import Autoencoder, AutoencoderOf, autoencoder
-from diffjax.networks.layers import Conv, ConvForm, GroupNorm, at_least_float32
+from diffjax.networks.convolution import Conv, ConvForm
+from diffjax.networks.layers import GroupNorm, at_least_float32
 from diffjax.networks.partition import Rules
 from diffjax.networks.taps import Tap
 from diffjax.numerics import PyTree, pytree_dataclass, static

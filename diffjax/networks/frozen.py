@@ -19,7 +19,8 @@ from diffjax.networks.adapters import zeros
 from diffjax.networks.autoencoders import check_picture
 from diffjax.networks.codec import Posterior
 from diffjax.networks.coders import Decoder, Encoder
-from diffjax.networks.layers import ConvForm, at_least_float32
+from diffjax.networks.convolution import ConvForm
+from diffjax.networks.layers import at_least_float32
 from diffjax.networks.partition import RESIDUAL, Rules
 from diffjax.numerics import PyTree, pytree_dataclass, static
 

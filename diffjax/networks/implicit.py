@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from diffjax.networks.autoencoders import CLIP, check_picture
 from diffjax.networks.codec import Posterior
 from diffjax.networks.coders import Block, Encoder
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, at_least_float32
+from diffjax.networks.convolution import Conv, ConvForm
+from diffjax.networks.layers import Dense, GroupNorm, at_least_float32
 from diffjax.networks.partition import BLOCK, RESIDUAL, Rules
 from diffjax.networks.resample import double
 from diffjax.networks.taps import Tap

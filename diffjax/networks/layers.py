@@ -1,4 +1,4 @@
-"""Layers shared by all networks: dense, convolution in three equal forms, norms, residual stacks."""
+"""Layers shared by all networks: dense, norms, residual stacks."""
 
 from __future__ import annotations
 
@@ -9,15 +9,11 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
-from diffjax.networks.convolution import laid_out
-from diffjax.networks.resample import per_axis
 from diffjax.networks.taps import LayerIndex
 
 Initializer = Callable[..., Any]
-ConvForm = Callable[..., Any]  # (x [B, *n, c], kernel [*k, c, d], stride, before) -> [B, *ceil(n / stride), d]
 
 
 def fan_in_uniform(fan_in: int | None = None, gain: float = 1.0) -> Initializer:
@@ -51,126 +47,6 @@ def Dense(  # noqa: N802
     """`nn.Dense` with this library's initialiser, or another; `zero` starts it at zero.   y = x W + b"""
     init = nn.initializers.zeros if zero else init or fan_in_uniform()
     return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
-
-
-# ------------------------------------------------------------------------------------------------------- convolution
-
-
-def native(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
-    """The convolution of XLA, zero padded to the same size, or to a `stride`-th.   [B, *n, c] -> [B, *ceil(n / stride), d]
-
-    Args: x: [B, *n, c], one to three axes n.   kernel: [*k, c, d].   stride: of all axes, or of each.   before: zeros put
-    before each axis, default (k - 1) // 2 of each.
-    """
-    strides = per_axis(stride, x, "stride")
-    axes = "DHW"[3 - len(strides) :]
-    names = (f"N{axes}C", f"{axes}IO", f"N{axes}C")
-    return lax.conv_general_dilated(x, kernel, strides, _pads(x, kernel, strides, before), dimension_numbers=names)
-
-
-def canonical(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
-    """The same convolution, with gradients that are fast in loops on a CPU, see `convolution.laid_out`.
-
-    Example:
-        >>> canonical(jnp.ones((1, 2, 2, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
-        [[4.0, 4.0], [4.0, 4.0]]
-    """
-    strides = per_axis(stride, x, "stride")
-    return laid_out(x, kernel, strides, tuple(_pads(x, kernel, strides, before)))
-
-
-def slices(x: Any, kernel: Any, stride: int | tuple[int, ...] = 1, before: int | None = None) -> jax.Array:
-    """The same convolution as pad, shifted slices and matrix products.   [B, *n, c] -> [B, *ceil(n / stride), d]
-
-    The slices along the last axis are joined into channels, those along the others are summed.
-
-    Example:
-        >>> slices(jnp.ones((1, 2, 2, 1)), jnp.ones((3, 3, 1, 1)))[0, :, :, 0].tolist()
-        [[4.0, 4.0], [4.0, 4.0]]
-    """
-    *others, kw, c, d = kernel.shape
-    strides = per_axis(stride, x, "stride")
-    out = [-(-n // s) for n, s in zip(x.shape[1:-1], strides, strict=True)]
-    x = jnp.pad(x, ((0, 0), *_pads(x, kernel, strides, before), (0, 0)))
-
-    def shifted(x: Any, axis: int, i: int) -> Any:
-        n, s = out[axis], strides[axis]
-        return lax.slice_in_dim(x, i, i + (n - 1) * s + 1, s, axis + 1)
-
-    x = jnp.concatenate([shifted(x, len(others), j) for j in range(kw)], axis=-1)
-    kernel = kernel.reshape(*others, kw * c, d)
-
-    def window(x: Any, at: tuple[int, ...]) -> Any:
-        for axis, i in enumerate(at):
-            x = shifted(x, axis, i)
-        return x
-
-    return sum(window(x, at) @ kernel[at] for at in np.ndindex(*others))
-
-
-def _pads(x: Any, kernel: Any, strides: tuple[int, ...], before: int | None) -> list[tuple[int, int]]:
-    """Zeros before and after each axis, so that windows of the kernel's length k fit ceil(n / s) times."""
-    pads = []
-    for n, k, s in zip(x.shape[1:-1], kernel.shape[:-2], strides, strict=True):
-        low = (k - 1) // 2 if before is None else before
-        pads.append((low, max((-(-n // s) - 1) * s + k - n - low, 0)))
-    return pads
-
-
-def choose_form(backend: str) -> ConvForm:
-    """The form to use on a backend: `canonical` on a CPU, else `native`.
-
-    On a CPU the gradients that JAX derives for a convolution are slow inside a loop, where K training steps per dispatch
-    and samplers run. Milliseconds of the gradient in `lax.scan`, batch 64 (16 at 16 x 16, 8 at 32 x 32), 2 cores that
-    other work shared, JAX 0.10.2:
-
-        size x channels   8 x 16   8 x 64   16 x 64   16 x 128   32 x 16   32 x 64
-        native                46     1041       469       2582       165       751
-        slices               1.0      9.7        10         72       6.7        28
-        canonical             .7      5.3       5.5         35       6.0        13
-
-    The forward pass alone is that of `native`, .4 to 1 of `slices`; so no size calls for `slices`.
-    """
-    return canonical if backend == "cpu" else native
-
-
-class Conv(nn.Module):
-    """Convolution with zero padding over any number of axes, in equal forms of equal parameters.   y = x * W + b
-
-    Args: x: [B, *n, c].   kernel: its lengths, or one for all axes.   form: `native`, `canonical`, `slices`, or None:
-    `choose_form` for the default backend.   stride, before: see `native`.
-    Returns: [B, *ceil(n / stride), features].
-    Raises: ValueError: `kernel` or `stride` has another number of axes than x.
-
-    Example:
-        >>> v = jax.eval_shape(Conv(4).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
-        >>> v["params"]["kernel"].shape
-        (3, 3, 3, 4)
-    """
-
-    features: int
-    kernel: int | tuple[int, ...] = 3
-    form: ConvForm | None = None
-    zero: bool = False
-    dtype: Any = jnp.float32
-    stride: int | tuple[int, ...] = 1
-    before: int | None = None
-    bias: bool = True
-
-    @nn.compact
-    def __call__(self, x: Any) -> jax.Array:
-        """Convolve x."""
-        c = x.shape[-1]
-        init = nn.initializers.zeros if self.zero else fan_in_uniform()
-        kernel = self.param("kernel", init, (*per_axis(self.kernel, x, "kernel"), c, self.features), jnp.float32)
-        form = self.form or choose_form(jax.default_backend())
-        plain = self.stride == 1 and self.before is None  # then a form of two arguments will do
-        options = () if plain else (self.stride, self.before)
-        y = form(x.astype(self.dtype), kernel.astype(self.dtype), *options)
-        if not self.bias:
-            return y
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)
-        return y + bias.astype(self.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
 # ---------------------------------------------------------------------------------------------------- norms and FiLM

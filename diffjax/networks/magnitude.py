@@ -19,8 +19,9 @@ from jax import lax
 
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.conditions import Condition
+from diffjax.networks.convolution import choose_form
 from diffjax.networks.embeddings import rows_of
-from diffjax.networks.layers import at_least_float32, choose_form, fan_in_uniform
+from diffjax.networks.layers import at_least_float32, fan_in_uniform
 from diffjax.networks.taps import Tap
 
 SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1)

@@ -10,8 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.convolution import Conv, ConvForm
 from diffjax.networks.embeddings import UNIT, Features
-from diffjax.networks.layers import Conv, ConvForm, GroupNorm, at_least_float32, rematerialised
+from diffjax.networks.layers import GroupNorm, at_least_float32, rematerialised
 from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, GATE, RESIDUAL, Rules
 from diffjax.networks.resample import Factor, per_axis
 from diffjax.networks.taps import Tap
@@ -75,7 +76,7 @@ class UNet(nn.Module):
     frequencies: Features = UNIT
     act: Callable[[Any], Any] = nn.silu
     dropout: float = 0.0
-    conv: ConvForm | None = None  # `layers.native`, `layers.slices`, or None: the faster
+    conv: ConvForm | None = None  # `native`, `slices`, or None: the faster
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
     kernel: int | tuple[int, ...] = 3  # of the convolutions, for all axes or by axis

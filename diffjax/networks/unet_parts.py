@@ -14,7 +14,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.layers import Conv, ConvForm, Dense, GroupNorm, modulate, spread
+from diffjax.networks.convolution import Conv, ConvForm
+from diffjax.networks.layers import Dense, GroupNorm, modulate, spread
 from diffjax.networks.partition import constrain
 from diffjax.networks.resample import Factor, double, fir_blur, fir_halve, halve
 from diffjax.networks.taps import Tap

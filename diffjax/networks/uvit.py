@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.conditions import read_condition, read_state, read_time
+from diffjax.networks.convolution import Conv
 from diffjax.networks.dit import patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, LabelEmbedding, grid_positions, sinusoids
 from diffjax.networks.joint import JOINT, JointAttention
-from diffjax.networks.layers import Conv, Dense, at_least_float32, plain_norm, rematerialised
+from diffjax.networks.layers import Dense, at_least_float32, plain_norm, rematerialised
 from diffjax.networks.mmdit import THOUSAND
 from diffjax.networks.partition import COLUMN, ROW, Rules, constrain
 from diffjax.networks.positions import Learned, LearnedTable, Rope, Table

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import networks
-from diffjax.networks import attention, layers
+from diffjax.networks import attention, convolution
 from experiments.benchmarks import measure
 
 UNETS = {16: (64, 16), 64: (16, 16), 128: (8, 16)}  # channels of the first level -> batch, side of the picture
@@ -111,7 +111,7 @@ def convolutions(rounds: int) -> dict[str, Any]:
             run = jax.jit(lambda x, k: jax.lax.scan(step, (x, k), None, length=4)[0])
             return lambda: run(x, k)
 
-        forms = {"canonical": layers.canonical, "slices": layers.slices, "native": layers.native}
+        forms = {"canonical": convolution.canonical, "slices": convolution.slices, "native": convolution.native}
         seconds = measure.interleaved({name: steps(f) for name, f in forms.items()}, rounds)
         report[f"{side} x {channels}"] = {n: measure.ratio(seconds, n, "canonical") for n in ("slices", "native")}
         print(side, channels, report[f"{side} x {channels}"], flush=True)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from diffjax import networks as nw
-from diffjax.networks import layers
+from diffjax.networks import convolution, layers
 from diffjax.networks.attention import MATMUL_LENGTH, Attention, logits_of, softmax, weighted
 from diffjax.networks.dit import patches, unpatches
 from diffjax.networks.resample import double, halve, per_axis
@@ -82,8 +82,8 @@ def test_both_forms_have_the_same_parameters_and_the_rule_is_the_documented_one(
     a, b, c = (jax.jit(f)(trees[0], x, 0.5) for f in outs)
     np.testing.assert_allclose(a, b, atol=1e-5)
     np.testing.assert_allclose(a, c, atol=1e-5)
-    assert layers.choose_form("cpu") is nw.canonical
-    assert layers.choose_form("gpu") is layers.choose_form("tpu") is nw.native
+    assert convolution.choose_form("cpu") is nw.canonical
+    assert convolution.choose_form("gpu") is convolution.choose_form("tpu") is nw.native
     text = str(jax.make_jaxpr(nw.from_linen(nw.UNet(widths=(4, 8))))(trees[2], x, 0.5))
     assert ("custom_jvp_call" in text) == (jax.default_backend() == "cpu")
 
