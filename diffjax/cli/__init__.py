@@ -144,13 +144,21 @@ def _train(argv: list[str]) -> int:
         if (place := _value(argv, flag)) is not None:
             read = runs.read_config if flag == "--config" else lambda folder: runs.read(folder)[0]
             default = dataclasses.replace(read(pathlib.Path(place)), **{flag[2:]: place})
-            return train.main(config.settle(_parse(config.Train, "train", argv, default=default), default))
+            return train.main(_options("train", argv, default))
     default = config.preset(argv[0] if argv and not argv[0].startswith("-") else "digits")
     given = _parse(config.Train, "train", argv, default=default)
     if given.data != default.data:  # the data set was not the first word: read again over its own defaults
         default = config.preset(given.data)
-        given = _parse(config.Train, "train", argv, default=default)
-    return train.main(config.settle(given, default))
+    return train.main(_options("train", argv, default))
+
+
+def _options(command: str, argv: list[str], default: Any) -> Any:
+    """The options of a run over a preset, without its numbers for another network, process or law."""
+    from diffjax.cli import config
+
+    given = _parse(config.Train, command, argv, default=default)
+    own = config.defaults(given, default)
+    return given if own == default else _parse(config.Train, command, argv, default=own)
 
 
 def _profile(argv: list[str]) -> list[str]:
@@ -171,11 +179,11 @@ def _value(argv: list[str], flag: str) -> str | None:
 
 
 def _plan(argv: list[str]) -> int:
-    from diffjax.cli import config, plan
+    from diffjax.cli import plan
 
     args, rest = _parse(plan.Plan, "plan", argv, return_unknown_args=True)
     default = plan.settings_of(args.what)
-    return plan.main(args, config.settle(_parse(config.Train, "plan", rest, default=default), default))
+    return plan.main(args, _options("plan", rest, default))
 
 
 def _sample(argv: list[str]) -> int:

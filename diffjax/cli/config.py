@@ -310,6 +310,21 @@ def settle(given: Train, default: Train) -> Train:
     )
 
 
+def defaults(given: Train, default: Train) -> Train:
+    """The preset for the network, process, law and latents of `given`, over which the command line is read again.
+
+    So an option that was given counts also where it has the number of the preset for another network.
+    """
+    chosen = dataclasses.replace(
+        default,
+        latent=given.latent,
+        model=dataclasses.replace(default.model, network=given.model.network),
+        process=dataclasses.replace(default.process, name=given.process.name),
+        objective=dataclasses.replace(default.objective, law=given.objective.law),
+    )
+    return dataclasses.replace(settle(chosen, default), latent=default.latent)
+
+
 def to_json(config: Train) -> str:
     """A configuration as text, with its format version."""
     fields = {k: v for k, v in dataclasses.asdict(config).items() if k not in PLACES}
