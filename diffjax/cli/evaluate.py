@@ -61,6 +61,19 @@ def load_data(settings: Train) -> Any:
     )  # fmt: skip
 
 
+def same_data(settings: Train, dataset: Any, about: dict[str, Any]) -> None:
+    """Refuse other data than those that a run was trained on.   about: model.json of the run
+
+    Raises: ValueError: items of another shape, or another number of classes.
+    """
+    shape = about.get("pixels", about["shape"])
+    if list(dataset.shape) != shape or dataset.num_classes != about["num_classes"]:
+        raise ValueError(
+            f"data set {settings.data} now has items of shape {tuple(dataset.shape)} and {dataset.num_classes} classes; the "
+            f"run was trained on {tuple(shape)} and {about['num_classes']}. Put the data back that it was trained on"
+        )
+
+
 def scores(
     denoiser: Denoiser, settings: Train, dataset: Any, *, n: int | None = None, seed: int = 1000, space: Any = None
 ) -> dict[str, Any]:
@@ -180,11 +193,7 @@ def main(args: Eval) -> int:
     check.guidance("guidance", settings.sampler.guidance, about["num_classes"], settings.objective.label_drop)
     runs.check_steps(pathlib.Path(args.run))
     dataset = load_data(settings)
-    if list(dataset.shape) != about.get("pixels", about["shape"]) or dataset.num_classes != about["num_classes"]:
-        raise ValueError(
-            f"data set {settings.data} now has items of shape {tuple(dataset.shape)} and {dataset.num_classes} classes; the "
-            f"run was trained on {tuple(about['shape'])} and {about['num_classes']}. Put the data back that it was trained on"
-        )
+    same_data(settings, dataset, about)
     run = runs.load(args.run, weights=args.weights, step=args.checkpoint)
     found = scores(run.denoiser, settings, dataset, n=args.n, seed=args.seed, space=run.space)
     found |= {"step": run.step, "weights": run.weights}

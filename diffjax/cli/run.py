@@ -91,15 +91,20 @@ def write_text(path: pathlib.Path, text: str) -> pathlib.Path:
     return write_whole(path, lambda file: file.write(text.encode()))
 
 
-def start(folder: pathlib.Path, files: dict[str, str]) -> None:
-    """Make the folder of a new run with these files; if that fails nothing is left, and the name stays free."""
+def start(folder: pathlib.Path, files: dict[str, str], fill: Callable[[pathlib.Path], Any] | None = None) -> None:
+    """Make the folder of a new run with these files; if that fails nothing is left, and the name stays free.
+
+    fill: writes what must be there before the configuration says that it is a run.
+    """
     made = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     try:
+        if fill is not None:
+            fill(folder)
         for name, text in files.items():
             write_text(folder / name, text)
     except OSError:
-        for name in files:
+        for name in (*files, latents.FILE):
             (folder / name).unlink(missing_ok=True)
         if made:
             folder.rmdir()

@@ -67,9 +67,9 @@ def write_settings(settings: config.Train, folder: pathlib.Path, store: Checkpoi
         runs.write_text(folder / "config.json", config.to_json(dataclasses.replace(settings, **free)))
 
 
-def write_first(settings: config.Train, folder: pathlib.Path, about: str) -> None:
+def write_first(settings: config.Train, folder: pathlib.Path, about: str, fill: Any = None) -> None:
     """Make a run folder.   Raises: ValueError: a process that does not see it."""
-    hosts.first(lambda: runs.start(folder, {"model.json": about, "config.json": config.to_json(settings)}))
+    hosts.first(lambda: runs.start(folder, {"model.json": about, "config.json": config.to_json(settings)}, fill))
     blind = [i for i, seen in enumerate(hosts.share((folder / "config.json").is_file())) if not seen]
     if blind:
         raise ValueError(
@@ -128,11 +128,15 @@ def main(args: config.Train) -> int:
     build.loss(settings.objective, None)
     optimizer, _ = build.optimiser(t)
     averages = build.averages(t)
+    latents.check_steps(settings)
     dataset, pixels, space = evaluate.load_data(settings), None, None
-    if settings.latent is not None:
-        space, pixels = latents.of_run(folder, settings) if resume else latents.first_stage(settings, dataset), dataset
-        dataset = latent.encoded(space, pixels)
     shape, classes = build.shape_of(dataset), dataset.num_classes
+    if resume:
+        about = runs.read(folder)[1]
+        evaluate.same_data(settings, dataset, about)
+    if settings.latent is not None:
+        latents.check(settings, dataset)
+        shape = tuple(about["shape"]) if resume else latents.shape_of(settings, shape)
     check.guidance("sampler.guidance", settings.sampler.guidance, classes, settings.objective.label_drop)
     train_step = build.train_step(settings, shape, classes)
     init = runs.initialiser(settings, shape, classes)
@@ -145,13 +149,15 @@ def main(args: config.Train) -> int:
     if settings.init is not None and not resume:
         begin = runs.start_from(settings.init, build.of_network(settings.objective, shapes))
         start = training.init_state(build.trained(settings.objective, begin), optimizer, settings.seed, emas=averages)
+    if settings.latent is not None:  # after all that can be refused: it may take long
+        space, pixels = latents.of_run(folder, settings) if resume else latents.first_stage(settings, dataset), dataset
+        dataset = latent.encoded(space, pixels)
     store = CheckpointStore(folder / "checkpoints", best="loss", say=console.note)
     if resume:
         hosts.first(lambda: write_settings(settings, folder, store))
     else:
-        write_first(settings, folder, runs.describe(dataset, count, pixels))
-        if space is not None:
-            latents.save(folder, space, settings, pixels)
+        fill = None if space is None else lambda folder: latents.save(folder, space, settings, pixels)
+        write_first(settings, folder, runs.describe(dataset, count, pixels), fill)
     processes = f" of {jax.process_count()} processes" if jax.process_count() > 1 else ""
     console.note(
         f"{folder}: {settings.model.network} with {count:,} parameters, {t.steps} steps of {t.batch_size} on "
