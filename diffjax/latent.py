@@ -18,7 +18,7 @@ import numpy as np
 from diffjax import networks
 from diffjax import numerics as nu
 from diffjax.data import DataError, Dataset, DataTransform
-from diffjax.networks import Posterior
+from diffjax.networks import FeatureAutoencoder, Posterior
 from diffjax.numerics import pytree_dataclass
 from diffjax.training import CheckpointError, export_safetensors, load_safetensors
 from diffjax.training.weights import WeightsFile
@@ -113,7 +113,7 @@ def latent_space(
     Args: autoencoder: trained, as `networks.autoencoder(module)(params)`.   x: [N, ...], data in model coordinates.
     per_channel: one scale for each channel; else one for all, as in the paper.   shift: also move the mean to zero; the paper
     does not.   chunk: items that are encoded at a time.
-    Raises: ValueError: no data, or a channel that does not vary.
+    Raises: ValueError: no data, or a channel that does not vary; frozen features whose residual has no fixed scale yet.
 
     Example:
         >>> make = networks.autoencoder(networks.KLAutoencoder(widths=(8, 8), blocks=1))
@@ -124,6 +124,11 @@ def latent_space(
 
     Reference: Rombach et al. 2022, arXiv:2112.10752, appendix G: rescaling by the component-wise deviation.
     """
+    if isinstance(autoencoder, FeatureAutoencoder) and not autoencoder.fixed:
+        raise ValueError(
+            "the residual of this autoencoder is scaled by the batch that it is in, so that latents would depend on the chunk; "
+            "give autoencoder.measured(data)"
+        )
     mean, std = moments(autoencoder, x, chunk=chunk)
     if not per_channel:
         middle = mean.mean()

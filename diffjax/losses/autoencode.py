@@ -20,7 +20,8 @@ ADAPTIVE_LIMIT, ADAPTIVE_FLOOR = 1e4, 1e-4  # of the ratio of gradients, as in t
 
 def item_mean(a: Any) -> jax.Array:
     """The mean over all axes but the first, in at least float32.   [B, ...] -> [B]"""
-    return a.astype(jnp.promote_types(a.dtype, jnp.float32)).reshape(a.shape[0], -1).mean(1)
+    wide = a.dtype if jnp.finfo(a.dtype).bits >= 32 else jnp.float32
+    return a.astype(wide).reshape(a.shape[0], -1).mean(1)
 
 
 def absolute(x: Any, y: Any) -> jax.Array:
@@ -196,9 +197,9 @@ class AdversarialLoss:
         frozen = dataclasses.replace(adversary, params=lax.stop_gradient(adversary.params))
         fooled = lambda y: -item_mean(frozen.judge(y))
         on = (adversary.age >= self.start).astype(loss.dtype)
-        factor = on * self.weight * self.adaptive(adversary.autoencoder, x0, z, fooled)
+        factor = on * self.weight * self.adaptive(adversary.autoencoder, x0, z, fooled).astype(loss.dtype)
         judged = self.kind(adversary.judge(x0), adversary.judge(lax.stop_gradient(y)))
-        loss = loss + latent + factor * fooled(y) + on * judged + _count(adversary.age)
+        loss = loss + latent + factor * fooled(y) + on * judged + _count(adversary.age).astype(loss.dtype)
         return loss, aux | seen | {"discriminator": judged, "adversarial_weight": factor}
 
     def adaptive(self, autoencoder: Any, x0: Any, z: Any, fooled: Callable[[Any], Any]) -> jax.Array:

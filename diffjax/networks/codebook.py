@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from diffjax.networks.layers import at_least_float32
 from diffjax.numerics import PyTree
 
 SMOOTHING = 1e-5  # of the counts, so that a code that is never used stays finite
@@ -108,7 +109,7 @@ class Codebook(nn.Module):
         used = self.counts[tokens].sum(axes)
         along = (self.sums[tokens] * lax.stop_gradient(z).astype(jnp.float32)).sum((*axes, tokens.ndim))
         size = 0.5 * (jnp.square(self.counts).sum() + jnp.square(self.sums).sum())
-        value = (1 - decay) * (size - used - along)
+        value = ((1 - decay) * (size - used - along)).astype(at_least_float32(z.dtype))
         return value - lax.stop_gradient(value)
 
 

@@ -14,6 +14,8 @@ from diffjax.numerics import PyTree
 
 NOISE = -8.0  # log-variance of the posterior at the start: a deviation of 0.018 of that of the latent
 
+LEAST = 1e-8  # of the largest variance along a direction of the data, below which it counts as this
+
 
 def fold(x: Any, patch: int) -> Any:
     """Squares of pixels as channels.   [B, H, W, c] -> [B, H / p, W / p, p p c]
@@ -68,7 +70,8 @@ def start_linear(module: Any, params: PyTree, x: Any) -> PyTree:
     from the best linear map. What they learn shows in the error against that of the start.
     Args: module: KLAutoencoder or VQAutoencoder with linear=True.   params: fresh ones.   x: [N, H, W, C], some data in model
     coordinates.
-    Raises: ValueError: a module without linear path or `quant`, or fewer numbers in a square than in the latent.
+    Raises: ValueError: a module without linear path or `quant`, fewer numbers in a square than in the latent, or data that do
+    not vary. Directions in which they do not vary get a small share of the latent.
     """
     if not getattr(module, "linear", False) or not module.quant_conv:
         raise ValueError("start_linear needs an autoencoder with linear=True and quant_conv=True")
@@ -78,7 +81,10 @@ def start_linear(module: Any, params: PyTree, x: Any) -> PyTree:
     if squares.shape[1] < c:
         raise ValueError(f"a square of {factor} x {factor} pixels has {squares.shape[1]} numbers; the latent needs {c}")
     mean = squares.mean(0)
-    variance, axes = np.linalg.eigh(np.cov(squares.T))
+    variance, axes = np.linalg.eigh(np.atleast_2d(np.cov(squares.T)))
+    if not variance[-1] > 0:
+        raise ValueError(f"start_linear needs data that vary; got {len(squares)} squares of variance {variance[-1]}")
+    variance = np.maximum(variance, LEAST * variance[-1])  # which may be zero, or less by rounding
     std, axes = np.sqrt(variance[::-1][:c]), axes[:, ::-1][:, :c]
     single = lambda a: jnp.asarray(a, jnp.float32)
     into = {"kernel": single(axes / std), "bias": single(-mean @ axes / std)}

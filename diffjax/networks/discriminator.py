@@ -89,7 +89,11 @@ class AdversaryOf:
         """Fresh parameters: `autoencoder`, `discriminator`, and `age`, zero."""
         k_auto, k_disc = jax.random.split(key)
         disc = AutoencoderOf(self.discriminator).init(k_disc, x)
-        return {"autoencoder": self.autoencoder.init(k_auto, x), "discriminator": disc, "age": jnp.zeros(())}
+        return {
+            "autoencoder": self.autoencoder.init(k_auto, x),
+            "discriminator": disc,
+            "age": jnp.zeros((), jnp.float32),
+        }
 
 
 def adversary(module: nn.Module, discriminator: nn.Module) -> AdversaryOf:

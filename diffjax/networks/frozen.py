@@ -129,6 +129,11 @@ class FeatureAutoencoder:
     module: Any = static(default=None)
     features: Callable[..., Any] = static(default=None)
 
+    @property
+    def fixed(self) -> bool:
+        """Whether the latent of an item does not depend on the batch that it is in; see `measured`."""
+        return self.scales is not None or not self.module.residual_channels
+
     def encode(self, x: Any) -> Posterior:
         """The latent [F(x), R(x)], a point.   R is brought to the scale of F: that of this batch, or the one measured."""
         features = lax.stop_gradient(self.features(self.frozen, x))

@@ -78,6 +78,30 @@ def test_the_parts_of_the_loss_add_up():
     np.testing.assert_allclose(aux["kl"], kl, rtol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_the_losses_have_the_precision_of_the_data(x64, dtype):
+    """Shapes alone; parameters are float32 throughout."""
+    small = dict(widths=(4,), blocks=1, middle_attention=False)
+    kinds = [nw.KLAutoencoder(**small), *(nw.VQAutoencoder(**small, codes=8, average=a) for a in (False, True))]
+    cases = [(nw.autoencoder(net), losses.autoencoder_loss()) for net in kinds]
+    pair = nw.adversary(kinds[0], nw.PatchDiscriminator(width=4, layers=1))
+    cases.append((pair, losses.adversarial_loss(losses.autoencoder_loss())))
+    for make, loss in cases:
+
+        def found(key, x, make=make, loss=loss):
+            k_init, k_loss = jax.random.split(key)
+            params = make.init(k_init, X)
+            return (
+                params,
+                jax.grad(lambda p: loss(k_loss, make(p), x)[0].mean())(params),
+                loss(k_loss, make(params), x)[0],
+            )
+
+        params, grad, value = jax.eval_shape(found, jax.random.key(0), X.astype(dtype))
+        assert value.dtype == dtype
+        assert {a.dtype for a in jax.tree.leaves((params, grad))} == {np.dtype(np.float32)}
+
+
 # --------------------------------------------------------------------------------------------------------- adversary
 
 

@@ -215,3 +215,7 @@ def test_the_linear_path_starts_as_principal_components():
     np.testing.assert_allclose(np.cov(z.T), np.eye(5), atol=1e-2)
     with pytest.raises(ValueError, match="linear=True"):
         nw.start_linear(NETS["kl"], {}, x)
+    with pytest.raises(ValueError, match="data that vary"):
+        nw.start_linear(net, random_like(shapes(net, (8, 8, 3))), np.ones_like(x))
+    two = nw.start_linear(net, random_like(shapes(net, (8, 8, 3))), x[:1, :4, :8])  # squares: one direction, for five
+    assert all(np.isfinite(a).all() for a in jax.tree.leaves(two))

@@ -88,6 +88,8 @@ def test_bad_input_is_refused():
 
 
 def test_it_spans_a_latent_space(params):
+    with pytest.raises(ValueError, match="scaled by the batch.*measured"):
+        latent.latent_space(MAKE(params), X)
     space = latent.latent_space(jax.jit(lambda: MAKE(params).measured(X))(), X)
     z = space.encode_all(X)
     np.testing.assert_allclose(z.reshape(-1, 5).mean(0), 0, atol=1e-5)
