@@ -146,7 +146,7 @@ def layout(settings: Train, devices: int) -> int:
             f"--training.layout.sequence {t.layout.sequence} needs --network {' or '.join(fitting)}, whose tokens can be "
             f"cut; got {net.network}"
         )
-    if made.get("heads", t.layout.model) % t.layout.model:
+    if (made.get("heads") or t.layout.model) % t.layout.model:  # None: the network chooses
         raise ValueError(
             f"--training.layout.model {t.layout.model} must divide the {made['heads']} heads of {net.network}, because a "
             "head is not cut"

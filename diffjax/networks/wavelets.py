@@ -125,10 +125,17 @@ class WaveletUp(nn.Module):
 
 
 def wavelet_down(h: Any, site: Site) -> Any:
-    """Down by gated bands, see `WaveletDown`; of pictures, by a factor of two."""
+    """Down by gated bands, see `WaveletDown`; of pictures, by a factor of two.   Raises: ValueError: another factor."""
+    _check_factor(site)
     return WaveletDown(name=site.name)(h)
 
 
 def wavelet_up(h: Any, site: Site) -> Any:
-    """Up by gated bands and to a quarter of the channels, see `WaveletUp`; of pictures, by two."""
+    """Up by gated bands and to a quarter of the channels, see `WaveletUp`; of pictures, by two.   Raises: as `wavelet_down`"""
+    _check_factor(site)
     return WaveletUp(name=site.name)(h)
+
+
+def _check_factor(site: Site) -> None:
+    if site.factor not in (2, (2, 2)):
+        raise ValueError(f"wavelets halve and double both axes of a picture; got factor={site.factor}. Take factor=2")

@@ -34,8 +34,3 @@ def trainer(model, loss, steps, *, batch=64, rate=2e-3, decay=0.995, marks=1, co
         return kept if marks > 1 else jax.tree.map(lambda a: a[0], kept)
 
     return start
-
-
-def train(model, loss, params, arrays, steps, *, seed=0, **options):
-    """The averaged parameters after `steps` batches of `arrays` = {x, ...}; options as those of `trainer`."""
-    return trainer(model, loss, steps, **options)(params, arrays, seed)

@@ -45,6 +45,7 @@ BAD = {
     "moons --training.layout.sequence 2": r"sequence 2 needs --network dit, whose tokens can be cut; got mlp",
     "digits --model.network dit --model.heads 2 --training.layout.model 4": r"must divide the 2 heads of dit",
     "digits --model.network dit --model.patch 4 --training.layout.sequence 8": r"4 tokens cannot be cut into 8 parts",
+    "digits --model.options heads=None --training.layout.model 8": r"heads cannot be cut into 8 parts",
     "digits --training.layout.model 8": r"heads cannot be cut into 8 parts",
     "moons --model.width 18 --training.layout.model 8": r"cannot be cut into 8 parts",
 }

@@ -95,3 +95,6 @@ def test_bad_sizes_are_refused():
         nw.haar(X[:, :5])
     with pytest.raises(ValueError, match="channels divisible by 4, for four bands; got 3"):
         jax.eval_shape(nw.WaveletUp().init, jax.random.key(0), X[..., :3])
+    wrong = nw.UNet(widths=(8, 8), factor=(1, 2), attention=(), **SLIM)
+    with pytest.raises(ValueError, match="halve and double both axes.*factor=\\(1, 2\\)"):
+        jax.eval_shape(wrong.init, jax.random.key(0), X, 0.5)
