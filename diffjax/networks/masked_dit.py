@@ -13,23 +13,17 @@ from diffjax.networks.attention import Attention
 from diffjax.networks.conditions import Code, read_condition, read_state, read_time
 from diffjax.networks.dit import SIZES, DiTBlock, patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
-from diffjax.networks.layers import Dense, at_least_float32, fan_in_uniform, modulate, plain_norm, rematerialised
+from diffjax.networks.layers import (
+    Dense,
+    LayerNorm,
+    at_least_float32,
+    fan_in_uniform,
+    modulate,
+    plain_norm,
+    rematerialised,
+)
 from diffjax.networks.partition import ATTENTION, BLOCK, CODE, COLUMN, FILM, ROW, Rules, constrain
 from diffjax.networks.taps import Tap
-
-
-class Norm(nn.Module):
-    """Layer normalisation with a learned scale and bias.   scale * (x - mean) / sqrt(var + 1e-6) + bias"""
-
-    @nn.compact
-    def __call__(self, x: Any) -> Any:
-        """Normalise x; the dtype stays."""
-        wide = lambda name, init: self.param(name, init, x.shape[-1:], jnp.float32).reshape((1,) * (x.ndim - 1) + (-1,))
-        h = plain_norm(x.astype(at_least_float32(x.dtype)))
-        h = h * wide("scale", nn.initializers.ones).astype(h.dtype) + wide("bias", nn.initializers.zeros).astype(
-            h.dtype
-        )
-        return h.astype(x.dtype)
 
 
 class Pool(nn.Module):
@@ -56,7 +50,7 @@ class Pool(nn.Module):
         if mask is not None:
             h = h * mask[:, :, None].astype(h.dtype)
         y = jnp.einsum("bld,l->bd", h, w) + bias[None]
-        return Norm(name="norm")(self.act(y))
+        return LayerNorm(1e-6, name="norm")(self.act(y))
 
 
 class Aggregate(nn.Module):
@@ -75,12 +69,12 @@ class Aggregate(nn.Module):
             start = 0
             for k, size in enumerate(self.parts):
                 h = Dense(self.width, dtype=self.dtype, name=f"tokens_{k}")(tokens[:, :, start : start + size])
-                found.append(Pool(self.act, name=f"pool_{k}")(Norm(name=f"norm_{k}")(self.act(h)), mask))
+                found.append(Pool(self.act, name=f"pool_{k}")(LayerNorm(1e-6, name=f"norm_{k}")(self.act(h)), mask))
                 start += size
         if source is not None:
             found.append(Pool(self.act, name="pool_source")(source))
         h = self.act(Dense(self.width, dtype=self.dtype, name="mix")(sum(found)))
-        return Tap(name="vector")(Norm(name="norm")(h))
+        return Tap(name="vector")(LayerNorm(1e-6, name="norm")(h))
 
 
 class CrossBlock(nn.Module):

@@ -14,7 +14,7 @@ from diffjax.networks.convolution import Conv
 from diffjax.networks.dit import patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, LabelEmbedding, grid_positions, sinusoids
 from diffjax.networks.joint import JOINT, JointAttention
-from diffjax.networks.layers import Dense, at_least_float32, plain_norm, rematerialised
+from diffjax.networks.layers import Dense, LayerNorm, at_least_float32, rematerialised
 from diffjax.networks.mmdit import THOUSAND
 from diffjax.networks.partition import COLUMN, ROW, Rules, constrain
 from diffjax.networks.positions import Learned, LearnedTable, Rope, Table
@@ -24,19 +24,6 @@ from diffjax.networks.taps import Tap
 def gelu(x: Any) -> jax.Array:
     """The exact GELU.   x Phi(x)"""
     return nn.gelu(x, approximate=False)
-
-
-class Norm(nn.Module):
-    """Layer normalisation with scale and shift.   scale * plain_norm(x) + bias"""
-
-    @nn.compact
-    def __call__(self, x: Any) -> jax.Array:
-        """Normalise x; the dtype stays."""
-        make = lambda name, init: self.param(name, init, x.shape[-1:], jnp.float32)
-        scale, bias = make("scale", nn.initializers.ones), make("bias", nn.initializers.zeros)
-        unit = (1,) * (x.ndim - 1) + (-1,)
-        h = plain_norm(x.astype(at_least_float32(x.dtype)))
-        return (h * scale.astype(h.dtype).reshape(unit) + bias.astype(h.dtype).reshape(unit)).astype(x.dtype)
 
 
 class UViTBlock(nn.Module):
@@ -57,10 +44,10 @@ class UViTBlock(nn.Module):
         if skip is not None:
             x = Dense(self.width, dtype=self.dtype, name="join")(jnp.concatenate([x, skip], axis=-1))
         attention = JointAttention(self.heads, self.qk_norm, bias=False, dtype=self.dtype, name="attention")
-        (h,) = attention((Norm(name="norm_attention")(x),), mask, angles)
+        (h,) = attention((LayerNorm(1e-6, name="norm_attention")(x),), mask, angles)
         h = Dense(self.width, dtype=self.dtype, name="project")(h)
         x = constrain(x + Tap(name="attended")(h), "batch", None, None)
-        h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(Norm(name="norm_mlp")(x))
+        h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(LayerNorm(1e-6, name="norm_mlp")(x))
         h = self.act(constrain(h, "batch", None, "wide"))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
         h = Dense(self.width, dtype=self.dtype, name="out")(h)
@@ -157,7 +144,7 @@ class UViT(nn.Module):
                 skips.append(z)
         out = self.out_channels or channels
         zero = not self.conv
-        y = Dense(p * p * out, zero=zero, dtype=self.dtype, name="decode")(Norm(name="norm")(z[:, n:]))
+        y = Dense(p * p * out, zero=zero, dtype=self.dtype, name="decode")(LayerNorm(1e-6, name="norm")(z[:, n:]))
         y = unpatches(y, p, h, w)
         if self.conv:
             y = Conv(out, zero=True, dtype=self.dtype, name="out")(y)
