@@ -115,7 +115,8 @@ def read_elements(cond: Any, x: Any, pair_size: int = 0) -> tuple[Any, Any, Any]
     """Take what is told about the elements of a sequence or set out of `cond`.
 
     Args: cond: see the module.   x: [B, L, C].   pair_size: of `pairs`, 0 for none.
-    Returns: the rest of cond, for `read_condition`; present [B, L] or None; pairs [B, L, L, pair_size] or None.
+    Returns: the rest of cond, for `read_condition`; present [B, L] or None; pairs [B, L, L, pair_size] or
+        None, zero where one of the two is padding.
     Raises: ValueError: pairs missing, or given where none are taken; wrong type or shape.
 
     Example:
@@ -138,7 +139,13 @@ def read_elements(cond: Any, x: Any, pair_size: int = 0) -> tuple[Any, Any, Any]
         )
     if pairs is not None:
         _check_shape("pairs", pairs, (b, length, length, pair_size))
-    return rest, None if present is None else jnp.asarray(present), None if pairs is None else jnp.asarray(pairs)
+        pairs = jnp.asarray(pairs)
+    if present is not None:
+        present = jnp.asarray(present)
+    if present is not None and pairs is not None:  # zero, as tokens that are padding
+        both = present[:, :, None, None] & present[:, None, :, None]
+        pairs = jnp.where(both, pairs, jnp.zeros((), pairs.dtype))
+    return rest, present, pairs
 
 
 def null_condition(

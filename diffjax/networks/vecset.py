@@ -10,21 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from diffjax.networks.attention import logits_of, softmax, weighted
-from diffjax.networks.layers import Dense, fan_in_uniform, mark_layer, plain_norm, repeat
+from diffjax.networks.layers import Dense, LayerNorm, fan_in_uniform, mark_layer, repeat
 from diffjax.networks.partition import COLUMN, ROW, Rules, constrain
 from diffjax.networks.taps import Tap
-
-
-class Norm(nn.Module):
-    """Layer normalisation with learned scale and bias.   scale * norm(x) + bias"""
-
-    @nn.compact
-    def __call__(self, x: Any) -> jax.Array:
-        """Normalise the last axis."""
-        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], jnp.float32)
-        unit = (1,) * (x.ndim - 1) + (-1,)
-        return plain_norm(x) * scale.astype(x.dtype).reshape(unit) + bias.astype(x.dtype).reshape(unit)
 
 
 class SetAttention(nn.Module):
@@ -53,9 +41,10 @@ class SetAttention(nn.Module):
         if d % self.heads:
             raise ValueError(f"set attention needs a width divisible by heads; got width {d} and heads={self.heads}")
         x = x.astype(self.dtype)
-        h = Norm(name="norm")(x)
-        source = h if y is None else Norm(name="norm_y")(y.astype(self.dtype))
-        split = lambda a: constrain(a.reshape(*a.shape[:2], self.heads, -1), "batch", None, "heads", None)
+        h = LayerNorm(1e-6, name="norm")(x)
+        source = h if y is None else LayerNorm(1e-6, name="norm_y")(y.astype(self.dtype))
+        cut = "heads" if self.heads > 1 else None  # one head alone is whole on every device
+        split = lambda a: constrain(a.reshape(*a.shape[:2], self.heads, -1), "batch", None, cut, None)
         dense = lambda features, name, bias=True: Dense(features, bias=bias, dtype=self.dtype, name=name)
         q = split(dense(d, "q_in", False)(h))
         k, v = jnp.split(split(dense(2 * d, "kv", False)(source)), 2, axis=-1)
@@ -65,7 +54,7 @@ class SetAttention(nn.Module):
         mixed = dense(d, "out")(constrain(weighted(weights, v).reshape(x.shape), "batch", None, "wide"))
         x = x + mixed if self.residual else mixed
         if self.expand:
-            h = Norm(name="norm_mlp")(x)
+            h = LayerNorm(1e-6, name="norm_mlp")(x)
             value, gate = (dense(self.expand * d, name)(h) for name in ("value", "gate"))
             h = constrain(value * nn.gelu(gate), "batch", None, "wide")
             x = x + dense(d, "mlp")(h)
@@ -228,6 +217,8 @@ class VecSet(nn.Module):
 
     def encode(self, points: Any, mask: Any = None) -> Any:
         """The latent set of a cloud.   [B, N, D] -> [B, latents, width], or a `Gaussian` of [B, latents, latent_size]"""
+        if mask is not None:  # zero, so that not even a NaN in the padding can reach the result
+            points = jnp.where(mask[:, :, None], points, jnp.zeros((), points.dtype))
         chosen = farthest_points(points, self.latents, mask)
         embed = lambda x: self.points_in(point_features(x, self.bands).astype(self.dtype))
         z = self.read(embed(chosen), embed(points), mask)
