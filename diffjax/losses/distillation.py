@@ -8,57 +8,64 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from diffjax import numerics as nu
-from diffjax.losses.checks import drop_labels
-from diffjax.losses.coupling import independent
-from diffjax.losses.denoising import as_tree, mean_square
-from diffjax.numerics import PyTree, pytree_dataclass, static
+from diffjax.losses.denoising import DenoisingLoss, Noised, denoising_loss, mean_square
+from diffjax.numerics import PyTree, pytree_dataclass
 from diffjax.prediction import to_velocity
-from diffjax.times import laws
-from diffjax.types import Aux, Cond, Denoiser, Key, PerExample, Prediction, Scalar
+from diffjax.types import Aux, Cond, Denoiser, Evaluation, Key, PerExample, Scalar
+
+
+def beside_teacher(
+    loss: DenoisingLoss, teacher: Denoiser, key: Key, student: Denoiser, x0: PyTree, cond: Cond, items: Any
+) -> tuple[PerExample, Aux, tuple[PyTree, PyTree], tuple[Evaluation, Evaluation]]:
+    """The loss of a student, and what student and teacher say of the same noised batch; the teacher takes no gradient.
+
+    Returns: the loss and its aux; the outputs of both in the space of the loss; the evaluations of both.
+    """
+    noised: Noised = loss.noised(key, student, x0, cond, items)
+    both = noised.evaluated(student), jax.lax.stop_gradient(teacher.evaluate(noised.x, noised.t, noised.cond))
+    value, aux = loss.compared(noised, student.process, x0, both[0])
+    outputs = tuple(loss.space(e.prediction, student.process, noised.t) for e in both)
+    return value, aux, outputs, both
+
+
+def difference(a: PyTree, b: PyTree) -> PyTree:
+    """`a - b`, leaf by leaf, each in at least float32: one of the two may compute in bfloat16."""
+
+    def leaf(a: Any, b: Any) -> jax.Array:
+        a, b = jnp.asarray(a), jnp.asarray(b)
+        wide = max((jnp.dtype(jnp.float32), a.dtype, b.dtype), key=lambda d: jnp.finfo(d).bits)
+        return a.astype(wide) - b.astype(wide)
+
+    return jax.tree.map(leaf, a, b)
 
 
 @pytree_dataclass
 class Distillation:
     """See `distillation`; the teacher, the weights and the numbers of the law are leaves."""
 
+    loss: DenoisingLoss
     teacher: Any
-    times: Any
     output: Any
     features: Any
     data: Any
-    space: Callable[..., Any] = static(default=to_velocity)
-    label_drop: float = static(default=0.1)
 
     def __call__(
         self, key: Key, student: Denoiser, x0: PyTree, cond: Cond = None, items: Any = None
     ) -> tuple[PerExample, Aux]:
-        """Losses [B] and `aux`: `t`, `mse` to the data, `output` and `features` to the teacher, each [B]."""
-        items, process = nu.item_indices(items, nu.batch_size(x0)), student.process
-        k_time, k_noise, k_drop, k_net = jax.random.split(key, 4)
-        t = self.times(k_time, process, items)
-        eps = independent(k_noise, x0, items)
-        cond = drop_labels(k_drop, student, cond, items, self.label_drop)
-        x = process.add_noise(x0, eps, t)
-        e = student.evaluate(x, t, cond, key=nu.item_keys(k_net, items))
-        wanted = jax.lax.stop_gradient(self.teacher.evaluate(x, t, cond))
-        read = lambda pair: self.space(pair, process, t)
-        mse = mean_square(nu.sub(read(e.prediction), read(Prediction(x0, eps))))
-        output = mean_square(nu.sub(read(e.prediction), read(wanted.prediction)))
-        features = jnp.zeros_like(mse)
-        got, want = jax.tree.leaves(e.aux), jax.tree.leaves(wanted.aux)
-        if jax.tree.structure(e.aux) != jax.tree.structure(wanted.aux) or any(
-            a.shape != b.shape for a, b in zip(got, want, strict=True)
-        ):
-            shapes = [jax.tree.map(jnp.shape, a) for a in (e.aux, wanted.aux)]
+        """Losses [B] and `aux`: that of a denoising loss, `output` and `features` to the teacher, each [B]."""
+        mse, aux, outputs, evaluations = beside_teacher(self.loss, self.teacher, key, student, x0, cond, items)
+        output = mean_square(difference(*outputs))
+        got, want = (e.aux for e in evaluations)
+        shapes = [jax.tree.map(jnp.shape, a) for a in (got, want)]
+        if shapes[0] != shapes[1]:
             raise ValueError(
                 f"student and teacher must return features of the same names and shapes as aux; got {shapes[0]} and "
                 f"{shapes[1]}. Read the same taps of both"
             )
-        if got:
-            features = sum(mean_square(nu.sub(a, b)) for a, b in zip(got, want, strict=True)) / len(got)
-        loss = self.data * mse + self.output * output + self.features * features
-        return loss, {"t": t, "mse": mse, "output": output, "features": features}
+        found = [mean_square(a) for a in jax.tree.leaves(difference(got, want))]
+        features = sum(found) / len(found) if found else jnp.zeros_like(mse)
+        total = self.data * mse + self.output * output + self.features * features
+        return total, {**aux, "output": output, "features": features}
 
 
 def distillation(
@@ -90,7 +97,4 @@ def distillation(
         >>> aux["output"].tolist(), bool(jnp.all(loss == aux["mse"]))
         ([0.0, 0.0, 0.0, 0.0], True)
     """
-    if not 0 <= label_drop <= 1:
-        raise ValueError(f"label_drop is a probability in [0, 1]; got {label_drop!r}")
-    times = laws.uniform() if times is None else as_tree(times)
-    return Distillation(teacher, times, output, features, data, space, float(label_drop))
+    return Distillation(denoising_loss(times, space, label_drop=label_drop), teacher, output, features, data)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.losses.denoising import DenoisingLoss, mean_square
+from diffjax.losses.distillation import beside_teacher, difference
 from diffjax.numerics import pytree_dataclass, static
 from diffjax.types import Aux, Cond, Denoiser, Key, PerExample
 
@@ -20,17 +21,17 @@ def spectral_distance(a: Any, b: Any, x0: Any, alpha: Any = -1.0, floor: Any = 1
     size of a and b; |F(x0)| is the mean over its channels.
     Args: a, b: [B, H, W, c].   x0: [B, H', W', c'].   alpha: < 0 weighs frequencies up that are weak in x0.   floor: > 0, as
         1 / |F(x0)| has no bound.
-    Returns: [B].
+    Returns: [B], at least float32.
 
     Example:
         >>> x = jnp.arange(4.0).reshape(1, 2, 2, 1)
         >>> spectral_distance(x, 0 * x, x, alpha=0.0).tolist()
         [3.5]
     """
-    f = lambda y: jnp.fft.fft2(y, axes=(1, 2), norm="ortho")
-    x0 = jax.image.resize(x0, (*a.shape[:3], x0.shape[-1]), "linear")
-    size = jnp.abs(f(x0)).mean(-1, keepdims=True)
-    return (jnp.maximum(size, floor) ** alpha * jnp.square(jnp.abs(f(a - b)))).mean((1, 2, 3))
+    f = lambda y: jnp.abs(jnp.fft.fft2(y, axes=(1, 2), norm="ortho"))
+    error = difference(a, b)
+    x0 = jax.image.resize(jnp.asarray(x0, error.dtype), (*a.shape[:3], x0.shape[-1]), "linear")
+    return (jnp.maximum(f(x0).mean(-1, keepdims=True), floor) ** alpha * jnp.square(f(error))).mean((1, 2, 3))
 
 
 @pytree_dataclass
@@ -49,19 +50,17 @@ class SpectralDistillation:
         self, key: Key, denoiser: Denoiser, x0: Any, cond: Cond = None, items: Any = None
     ) -> tuple[PerExample, Aux]:
         """Losses [B] and `aux`, a dict of [B] arrays."""
-        noised, process = self.loss.noised(key, denoiser, x0, cond, items), denoiser.process
-        student, teacher = noised.evaluated(denoiser), self.teacher.evaluate(noised.x, noised.t, noised.cond)
-        loss, aux = self.loss.compared(noised, process, x0, student)
-        pairs = [tuple(self.loss.space(e.prediction, process, noised.t) for e in (student, teacher))]
+        loss, aux, outputs, both = beside_teacher(self.loss, self.teacher, key, denoiser, x0, cond, items)
+        pairs = [outputs]
         if self.features is not None:
-            pairs += list(zip(self.features(student.aux), self.features(teacher.aux), strict=True))
+            pairs += list(zip(*(self.features(e.aux) for e in both), strict=True))
         for s, t in pairs:
             if jnp.shape(s) != jnp.shape(t) or jnp.ndim(s) != 4:
                 raise ValueError(
                     f"student and teacher must be compared at equal shapes [B, H, W, c]; got {jnp.shape(s)} and "
                     f"{jnp.shape(t)}. Let the student map its features by a 1 x 1 convolution of its own"
                 )
-        spatial = sum(mean_square(s - t) for s, t in pairs)
+        spatial = sum(mean_square(difference(s, t)) for s, t in pairs)
         frequency = sum(spectral_distance(s, t, x0, self.alpha, self.floor) for s, t in pairs)
         total = loss + self.spatial * spatial + self.frequency * frequency
         return total, {**aux, "denoising": loss, "spatial": spatial, "frequency": frequency}

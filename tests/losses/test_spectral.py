@@ -98,5 +98,22 @@ def test_a_student_equal_to_its_teacher_pays_nothing_and_shapes_must_fit():
         loss(jax.random.key(0), student, X0)
 
 
+def test_networks_of_other_precision_are_compared_in_float32():
+    """Features of a bfloat16 student beside those of a float32 teacher, in both losses."""
+    student, teacher = (predict(0.5).wrap(f, own=jnp.float32(2.0)) for f in (with_half, with_features))
+    base = losses.noise_prediction()
+    loss = spectral_distillation(base, teacher, features=read_small)
+    value, aux = loss(jax.random.key(0), student, X0)
+    assert value.dtype == jnp.float32 and 0 < aux["spatial"].max() < 1e-4 and 0 < aux["frequency"].max() < 1e-2
+    features = losses.distillation(teacher, label_drop=0.0)(jax.random.key(0), student, X0)[1]["features"]
+    assert features.dtype == jnp.float32 and 0 < features.max() < 1e-4
+
+
+def with_half(own, inner, state, x, t, cond, key):
+    return inner.evaluate(x, t, cond, state=state, key=key)._replace(
+        aux={"small": (own * x[:, ::2, ::2, :1]).astype(jnp.bfloat16)}
+    )
+
+
 def with_large(own, inner, state, x, t, cond, key):
     return inner.evaluate(x, t, cond, state=state, key=key)._replace(aux={"small": own * x})
