@@ -117,7 +117,8 @@ class Mamba(nn.Module):
     of step, b and c the published network takes from the condition could not be confirmed.)
 
     A mixer of `StateDiT`; hands nothing on. Taps: `u`, `step` [B, T, D], `b`, `c` [B, T, N], float32.
-    Args: x: [B, T, d].   tokens: [B, S, e], zero where they are padding.   mask: not needed then.
+    Args: x: [B, T, d].   tokens: [B, S, e], zero where they are padding.   mask: [B, T] bool without tokens, False at
+        padding of x, which leaves the state as it is; not needed with them.
     Returns: [B, T, d] and `first`.
 
     Example:
@@ -143,6 +144,9 @@ class Mamba(nn.Module):
         d, n = x.shape[-1], self.states
         inner, rank = self.expand * d, math.ceil(d / 16)
         x = x.astype(self.dtype)
+        keep = mask if tokens is None else None
+        if keep is not None:
+            x = jnp.where(keep[:, :, None], x, jnp.zeros((), x.dtype))
         dense = lambda features, name, bias=False: Dense(features, bias=bias, dtype=self.dtype, name=name)
         u = constrain(dense(inner, "state_in")(x), "batch", None, "wide")
         gate = constrain(dense(inner, "gate_in")(x), "batch", None, "wide")
@@ -160,7 +164,10 @@ class Mamba(nn.Module):
         rates = lambda key, shape: jnp.log(jnp.broadcast_to(jnp.arange(1.0, n + 1), shape))
         a = -jnp.exp(self.param("log_rates", rates, (inner, n)))
         skip = self.param("skip", nn.initializers.ones, (inner,), jnp.float32)
-        sites = {"u": u, "step": nn.softplus(step), "b": b, "c": c}
+        step = nn.softplus(step)
+        if keep is not None:  # a step of zero leaves the state as it is
+            step = jnp.where(keep[:, :, None], step, 0.0)
+        sites = {"u": u, "step": step, "b": b, "c": c}
         u, step, b, c = (Tap(name=name)(v.astype(jnp.float32)) for name, v in sites.items())
         y, _ = self.form(u, step, a, b, c)
         y = (y + u * skip[None, None]).astype(self.dtype) * nn.silu(gate)

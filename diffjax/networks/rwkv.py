@@ -104,8 +104,9 @@ class RWKV7(nn.Module):
 
     A mixer of `StateDiT`. Values of later layers are blended with those of the first one.
     Taps: `r`, `w` (the logarithm of the decay), `k`, `v`, `a` [B, T, H, D], float32.
-    Args: x: [B, T, d].   first: the values of the first layer, None in it.   tokens: [B, S, e], zero
-        where they are padding.   mask: not needed then.
+    Args: x: [B, T, d].   first: the values of the first layer, None in it.   tokens: [B, S, e], zero where they are
+        padding.   mask: bool of what the state runs over, [B, T] of x or under `swapped` [B, S]: it passes by what is
+        False. Not needed where tokens only read.
     Returns: [B, T, d] and the values of the first layer.
     Raises: ValueError: d not divisible by heads.
 
@@ -134,6 +135,9 @@ class RWKV7(nn.Module):
         x = x.astype(self.dtype)
         swapped = self.swapped and tokens is not None
         source = tokens.astype(self.dtype) if swapped else x
+        keep = mask if swapped or tokens is None else None  # what the state runs over and is to be passed by
+        if keep is not None:
+            source = jnp.where(keep[:, :, None], source, jnp.zeros((), source.dtype))
         change = shift(source) - source
 
         def vector(name: str, start: float) -> Any:
@@ -168,7 +172,10 @@ class RWKV7(nn.Module):
         a = self.reach * nn.sigmoid(split(lora("rate", blend("a"), 1.8, 0.5)))
         g = lora("gate", x if swapped else blend("g"), 0.6, 0.8, act=nn.sigmoid, bias=False)
 
-        sites = {"r": split(r), "w": log_w, "k": split(k), "v": split(v), "a": a}
+        k = split(k)
+        if keep is not None:  # neither decayed nor written to
+            log_w, k = (jnp.where(keep[:, :, None, None], y, 0.0) for y in (log_w, k))
+        sites = {"r": split(r), "w": log_w, "k": k, "v": split(v), "a": a}
         r, log_w, k, v, a = (Tap(name=name)(y) for name, y in sites.items())
         h = k * per_head("k_k", 0.85)
         h = h * jax.lax.rsqrt(jnp.sum(jnp.square(h), axis=-1, keepdims=True) + 1e-12)

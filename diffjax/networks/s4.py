@@ -74,7 +74,8 @@ class S4D(nn.Module):
     With `tokens` they are brought to the length of x by nearest repetition and added to it before; tokens as long as x, such
     as the known values of a time series and where they are known, meet it step by step.
     A mixer of `StateDiT`; hands nothing on. Taps: `u`, `y` [B, T, d].
-    Args: x: [B, T, d].   tokens: [B, S, e], zero where they are padding.   mask: not needed then.
+    Args: x: [B, T, d].   tokens: [B, S, e], zero where they are padding.   mask: [B, T] bool without tokens, False at
+        padding of x, which is read as zero; not needed with them.
     Returns: [B, T, d] and `first`.
 
     Example:
@@ -95,6 +96,8 @@ class S4D(nn.Module):
         """Mix along the tokens of x."""
         d, n = x.shape[-1], self.states // 2
         u = x.astype(self.dtype)
+        if mask is not None and tokens is None:
+            u = jnp.where(mask[:, :, None], u, jnp.zeros((), u.dtype))
         if tokens is not None:
             given = stretch(tokens.astype(self.dtype), x.shape[1])
             u = u + Dense(d, bias=False, dtype=self.dtype, name="tokens")(given)

@@ -21,8 +21,9 @@ from diffjax.networks.s4 import S4
 from diffjax.networks.taps import Tap
 
 # A mixer is a module `mixer(heads, zero=, dtype=, name=)` that maps (x [B, T, d], first, tokens, mask) to (y [B, T, d],
-# first): along the tokens of x, or from the tokens of a condition if they are given. `first` is what its first layer hands
-# to the later ones; None there, and always for a mixer that hands on nothing.
+# first): along the tokens of x, or from the tokens of a condition if they are given; `mask` is of those, or of x where
+# there are none, and False is padding. `first` is what its first layer hands to the later ones; None there, and always for
+# a mixer that hands on nothing.
 Mixer = Callable[..., nn.Module]
 
 
@@ -54,15 +55,16 @@ class StateBlock(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Any, firsts: Any, c: Any, tokens: Any, mask: Any) -> tuple[Any, Any]:
-        """One block; `firsts` is what the mixers of the first block hand on."""
+    def __call__(self, x: Any, firsts: Any, c: Any, tokens: Any, mask: Any, present: Any = None) -> tuple[Any, Any]:
+        """One block; `firsts` is what the mixers of the first block hand on, `present` [B, T] is False at padding of x."""
         ahead, back, crossed = firsts
         adaptive = constrain(Dense(6 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
         h = modulate(plain_norm(x), shift_a, scale_a)
-        mixed, ahead = self.mix(self.heads, dtype=self.dtype, name="mix")(h, ahead)
+        mixed, ahead = self.mix(self.heads, dtype=self.dtype, name="mix")(h, ahead, None, present)
         if self.bidirectional:
-            reverse, back = self.mix(self.heads, dtype=self.dtype, name="mix_back")(h[:, ::-1], back)
+            turned = None if present is None else present[:, ::-1]
+            reverse, back = self.mix(self.heads, dtype=self.dtype, name="mix_back")(h[:, ::-1], back, None, turned)
             mixed = mixed + reverse[:, ::-1]
         x = constrain(x + gate_a * Tap(name="mixed")(mixed), "batch", "tokens", None)
         h = modulate(plain_norm(x), shift_m, scale_m)
@@ -156,16 +158,16 @@ class StateDiT(nn.Module):
         )
         block = rematerialised(StateBlock, self.remat)
 
-        def stack(z: Any, name: str, depth: int, tokens: Any, mask: Any) -> Any:
+        def stack(z: Any, name: str, depth: int, *rest: Any) -> Any:
             firsts = (None, None, None)
             for i in range(depth):
-                z, firsts = block(**fields, name=f"{name}_{i}")(z, firsts, c, tokens, mask)
+                z, firsts = block(**fields, name=f"{name}_{i}")(z, firsts, c, *rest)
             return z
 
         tokens, mask = condition.tokens, condition.mask
         if tokens is not None and self.encoder:
             tokens = Dense(self.width, dtype=self.dtype, name="tokens_in")(tokens.astype(self.dtype))
-            tokens = plain_norm(stack(tokens, "encoder_block", self.encoder, None, None))
+            tokens = plain_norm(stack(tokens, "encoder_block", self.encoder, None, None, mask))
             tokens = jnp.where(mask[:, :, None], tokens, jnp.zeros((), tokens.dtype))  # padding stays zero
         z = x.astype(self.dtype)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p) if image else z)

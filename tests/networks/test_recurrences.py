@@ -196,6 +196,27 @@ def test_other_mixers_read_every_input_and_parameter_and_no_padding(name):
     assert kernels and all(any(r.search(p) for r in rules) for p in kernels)
 
 
+@pytest.mark.parametrize(
+    "how",
+    [
+        *(dict(encoder=1, mix=mix, cross=nw.Softmax) for mix in (nw.RWKV7, nw.Mamba, nw.S4D, nw.Softmax)),
+        dict(mix=nw.S4D, cross=swapped),
+    ],
+    ids=["rwkv", "mamba", "s4", "softmax", "swapped"],
+)
+def test_padding_a_text_changes_nothing(how):
+    """Four tokens alone, and followed by three of padding: encoders and states pass it by."""
+    net = nw.StateDiT(width=8, depth=1, heads=2, expand=2, token_size=4, **how)
+    x, t, _ = inputs(net, (5, 2))
+    text = np.random.default_rng(1).standard_normal((3, 7, 4)).astype(np.float32)
+    mask = np.arange(7)[None] < np.full((3, 1), 4)
+    params = nw.random_parameters(net, x, t, {"tokens": text})
+    f = jax.jit(lambda cond: net.apply({"params": params}, x, t, cond))
+    short = f({"tokens": text[:, :4]})
+    np.testing.assert_allclose(f({"tokens": text, "mask": mask}), short, atol=2e-5)
+    assert np.abs(f({"tokens": text}) - short).max() > 1e-3
+
+
 def test_an_image_must_be_cut_evenly():
     net = nw.StateDiT(width=8, depth=1, heads=2)
     with pytest.raises(ValueError, match="divisible by patch=2"):
