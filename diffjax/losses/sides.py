@@ -28,7 +28,11 @@ class SideOutputs:
             raise ValueError(f"weights must name the side outputs {sorted(aux)}; got {sorted(self.weights)}")
         total = jnp.zeros(target.shape[0], jnp.result_type(float))
         for name, y in aux.items():
-            r = target.shape[1] // y.shape[1]
+            r = max(target.shape[1] // y.shape[1], 1)
+            if target.shape != (y.shape[0], r * y.shape[1], r * y.shape[2], y.shape[3]):
+                raise ValueError(
+                    f"the side output {name!r} must be [B, H / r, W / r, C] of the target {target.shape}; got {y.shape}"
+                )
             weight = 1 / r**2 if self.weights is None else self.weights[name]
             total += weight * mean_square(y - pooled(target, r).astype(y.dtype)).astype(total.dtype)
         return total
@@ -41,7 +45,7 @@ def side_outputs(weights: dict[str, Any] | None = None) -> SideOutputs:
     `denoising_loss(sides=...)`, where `space` must be what the network itself returns.
     Args: weights: `{name: w}`, default `1 / r^2`, which is one at full resolution.
     Returns: `f({name: [B, H / r, W / r, C]}, target [B, H, W, C]) -> [B]`.
-    Raises: ValueError: when called without such outputs, or with others than the weights name.
+    Raises: ValueError: when called without such outputs, with others than the weights name, or with other shapes.
     Reference: Liu et al. 2024, arXiv:2406.09416.
 
     Example:

@@ -31,7 +31,7 @@ from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
 from diffjax.networks.entropy import attention_entropy, entropy_scaling
-from diffjax.networks.feed_forward import SparseMLP, sparse
+from diffjax.networks.feed_forward import SparseMLP, capacity, dense, ragged, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.frozen import FeatureAutoencoder, ResidualAutoencoder, feature_autoencoder, match_scale, scale_of
 from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
@@ -140,10 +140,12 @@ __all__ = [
     "attention_entropy",
     "autoencoder",
     "canonical",
+    "capacity",
     "cell_centres",
     "constrain",
     "delta_chunked",
     "delta_scan",
+    "dense",
     "double",
     "entropy_scaling",
     "farthest_points",
@@ -178,6 +180,7 @@ __all__ = [
     "per_layer",
     "pixel_norm",
     "preset",
+    "ragged",
     "random_parameters",
     "read_condition",
     "restart_codes",

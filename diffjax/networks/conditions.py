@@ -100,10 +100,7 @@ def read_condition(
         _check_shape("tokens", cond["tokens"], (b, length, token_size))
         mask = cond.get("mask")
         mask = np.ones((b, length), bool) if mask is None else mask
-        if np.shape(mask) != (b, length) or mask.dtype != bool:
-            raise ValueError(
-                f"cond['mask'] must be bool [{b}, {length}] (False is padding); got {mask.dtype} {np.shape(mask)}"
-            )
+        _check_mask("mask", mask, (b, length))
         mask = jnp.asarray(mask)
         # Zero, so that not even a NaN in the padding can reach the result.
         tokens = jnp.where(mask[:, :, None], cond["tokens"], jnp.zeros((), jnp.asarray(cond["tokens"]).dtype))
@@ -128,10 +125,8 @@ def read_elements(cond: Any, x: Any, pair_size: int = 0) -> tuple[Any, Any, Any]
     taken = {k: rest.pop(k) for k in ("present", "pairs") if isinstance(rest, dict) and k in rest}
     present, pairs = taken.get("present"), taken.get("pairs")
     b, length = x.shape[:2]
-    if present is not None and (np.shape(present) != (b, length) or present.dtype != bool):
-        raise ValueError(
-            f"cond['present'] must be bool [{b}, {length}] (False is padding); got {present.dtype} {np.shape(present)}"
-        )
+    if present is not None:
+        _check_mask("present", present, (b, length))
     if (pairs is not None) != bool(pair_size):
         raise ValueError(
             f"this network has pair_size={pair_size} and cond {'no ' if pairs is None else ''}'pairs'; "
@@ -262,8 +257,10 @@ class Code(nn.Module):
 
 
 def _check_label(label: Any, b: int, num_classes: int) -> None:
-    if not jnp.issubdtype(label.dtype, jnp.integer) or np.shape(label) != (b,):
-        raise ValueError(f"cond['label'] must be integers [{b}]; got {label.dtype} of shape {np.shape(label)}")
+    dtype = getattr(label, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or np.shape(label) != (b,):
+        got = type(label).__name__ if dtype is None else dtype
+        raise ValueError(f"cond['label'] must be an array of integers [{b}]; got {got} of shape {np.shape(label)}")
     if isinstance(label, jax.core.Tracer):
         return
     bad = np.asarray(label)
@@ -272,6 +269,12 @@ def _check_label(label: Any, b: int, num_classes: int) -> None:
         raise ValueError(
             f"cond['label'] must lie in [0, {num_classes}] ({num_classes} is no label); got {bad[:5].tolist()}"
         )
+
+
+def _check_mask(name: str, mask: Any, want: tuple[int, int]) -> None:
+    dtype = getattr(mask, "dtype", type(mask).__name__)
+    if np.shape(mask) != want or str(dtype) != "bool":
+        raise ValueError(f"cond[{name!r}] must be bool {list(want)} (False is padding); got {dtype} {np.shape(mask)}")
 
 
 def _check_shape(name: str, value: Any, want: tuple[int, ...]) -> None:

@@ -170,7 +170,7 @@ class SparseMLP(nn.Module):
     E(x) = W_down (act(W_gate x) * (W_up x)) without biases. The K probabilities are not normalised again. The router and its
     softmax are float32. Tap: `probabilities`, p [B, T, E].
     Args of a call: x: [B, T, d].
-    Returns: [B, T, d].
+    Returns: [B, T, d], of `dtype`.
 
     Example:
         >>> v = jax.eval_shape(SparseMLP(4, 2, 1).init, jax.random.key(0), jnp.zeros((1, 3, 8)))
@@ -198,6 +198,7 @@ class SparseMLP(nn.Module):
         drop = nn.Dropout(self.dropout, deterministic=not self.train)
         hidden = lambda gate, up: drop(self.act(gate) * up)
         logits = Dense(e, bias=False, name="router")(x.astype(jnp.float32))
+        x = x.astype(self.dtype)
         gate, chosen = jax.lax.top_k(Tap(name="probabilities")(jax.nn.softmax(logits, axis=-1)), self.top)
         shapes = {"gate": (e, d, self.expand * d), "up": (e, d, self.expand * d), "down": (e, self.expand * d, d)}
         kernels = tuple(Kernels(shape, name=name)().astype(self.dtype) for name, shape in shapes.items())

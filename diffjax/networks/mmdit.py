@@ -134,8 +134,8 @@ class MMDiT(nn.Module):
     tokens, image first; those blocks are in `dual/` where `alone` counts them, in `last/` and in `single/`.
     Args of a call: x: [B, H, W, C].   t: scalar or [B].   train: use dropout.
     Returns: [B, H, W, out_channels or C], at least float32.
-    Raises: ValueError: no token_size; H or W not divisible by patch; width by heads; a grid that `positions` refuses;
-        `alone` out of range; shapes or conditions that do not fit.
+    Raises: ValueError: no token_size; guided without a vector; H or W not divisible by patch; width by heads; a grid that
+        `positions` refuses; `alone` out of range; shapes or conditions that do not fit.
 
     Example:
         >>> net = MMDiT(width=8, depth=2, heads=2, token_size=6)
@@ -186,6 +186,11 @@ class MMDiT(nn.Module):
         p = self.patch
         if not self.token_size:
             raise ValueError("MMDiT needs token_size > 0: the size of its text tokens. Without text, take DiT")
+        if self.guided and self.vector_size < 2:
+            raise ValueError(
+                "guided reads the guidance weight from the end of cond['vector'], so that vector_size must be at least 2; got "
+                f"{self.vector_size}"
+            )
         if h % p or w % p:
             raise ValueError(f"MMDiT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
         pairs = self.depth - (not self.single)  # whole blocks of two streams

@@ -158,7 +158,7 @@ class Switch(nn.Module):
     It starts at m = 1: the experts at zero, so that the network starts as the one without. The gates know the time
     alone. Tap: `gates`, g [B, M] before the k largest are kept, float32.
     Args: x: [B, T, d].   time: [B, c].
-    Returns: [B, T, d].
+    Returns: [B, T, d], of `dtype`.
 
     Example:
         >>> v = Switch(3, 2).init(jax.random.key(0), jnp.ones((1, 2, 4)), jnp.ones((1, 4)))
@@ -182,7 +182,7 @@ class Switch(nn.Module):
         share = (best[..., None] * jax.nn.one_hot(chosen, self.experts, dtype=best.dtype)).sum(-2).astype(self.dtype)
         kernel = self.param("kernel", zero, (self.experts, d, d), jnp.float32).astype(self.dtype)
         bias = self.param("bias", zero, (self.experts, d), jnp.float32).astype(self.dtype)
-        return 1 + jnp.einsum("bm,btd,mdf->btf", share, x, kernel) + (share @ bias)[:, None]
+        return 1 + jnp.einsum("bm,btd,mdf->btf", share, x.astype(self.dtype), kernel) + (share @ bias)[:, None]
 
 
 # The released code of arXiv:2403.09176: a DiT with two of three experts for each block

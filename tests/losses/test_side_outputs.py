@@ -43,5 +43,8 @@ def test_they_are_added_before_the_weight():
 def test_what_cannot_be_compared_is_refused():
     with pytest.raises(ValueError, match="with denoiser.*aux=True.*got aux None"):
         losses.side_outputs()(None, normal(1, 2, 2, 1))
+    for shape in ((1, 2, 1, 1), (1, 3, 4, 1), (1, 4, 4, 2), (1, 8, 8, 1)):
+        with pytest.raises(ValueError, match=r"output 'a' must be .* of the target \(1, 4, 4, 1\); got \(1, "):
+            losses.side_outputs()({"a": normal(*shape)}, normal(1, 4, 4, 1))
     with pytest.raises(ValueError, match=r"must name the side outputs \['a'\]; got \['b'\]"):
         losses.side_outputs({"b": 1.0})({"a": normal(1, 2, 2, 1)}, normal(1, 2, 2, 1))

@@ -63,6 +63,17 @@ def test_every_form_is_the_loop_over_tokens(form, top, params, x):
     np.testing.assert_allclose(y, by_hand(params, x, top), atol=1e-5)
 
 
+def test_layers_choose_their_own_precision(params, x):
+    """A state of float32 or float64 in layers of bfloat16 or float32."""
+    for form in FORMS.values():
+        y = layer(form, dtype=jnp.bfloat16).apply({"params": params}, x)
+        assert y.dtype == jnp.bfloat16
+        np.testing.assert_allclose(y.astype(np.float32), by_hand(params, x, K), atol=0.2)
+    time = jnp.ones((B, 2))
+    v = jax.eval_shape(nw.Switch(3, 2).init, jax.random.key(0), x, time)
+    assert jax.eval_shape(nw.Switch(3, 2, jnp.bfloat16).apply, v, x, time).dtype == jnp.bfloat16
+
+
 def test_all_forms_have_the_same_gradients(params, x):
     def slopes(form):
         loss = lambda p, x: jnp.sum(jnp.sin(layer(form).apply({"params": p}, x)))

@@ -143,6 +143,7 @@ def test_any_grid_of_patches():
         (dict(patch=4), "divisible by patch=4"),
         (dict(heads=3), "divisible by heads; got width 8 and heads=3"),
         (dict(alone=2), r"alone must be in 0 .. 1"),
+        (dict(guided=True, vector_size=0), "vector_size must be at least 2; got 0"),
         (dict(positions=nw.Sincos(crop=2)), "cut from a grid of 2 x 2"),
     ],
 )
