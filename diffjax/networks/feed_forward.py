@@ -101,11 +101,11 @@ class capacity:  # noqa: N801  (reads as a function: sparse(form=capacity(1.25))
         (b, t, k), e = chosen.shape, len(kernels[0])
         seats = min(t, math.ceil(self.factor * t * k / e))
         asked = chosen.swapaxes(1, 2).reshape(b, k * t)  # all first choices, then all second ones
-        queue = jnp.cumsum(jax.nn.one_hot(asked, e, dtype=jnp.int32), axis=1)
+        queue = jnp.cumsum(jax.nn.one_hot(asked, e, dtype=jnp.int32), axis=1, dtype=jnp.int32)
         place = jnp.take_along_axis(queue, asked[..., None], axis=-1)[..., 0] - 1
         seated = place < seats
         seat = jnp.where(seated, asked * seats + place, e * seats)  # the last one is outside
-        token = jnp.broadcast_to(jnp.tile(jnp.arange(t), k)[None], (b, k * t))
+        token = jnp.broadcast_to(jnp.tile(jnp.arange(t, dtype=jnp.int32), k)[None], (b, k * t))
         item = jnp.arange(b)[:, None]
         sitting = jnp.full((b, e * seats), t, jnp.int32).at[item, seat].set(token, mode="drop")
         empty = jnp.zeros((b, 1, x.shape[-1]), x.dtype)

@@ -161,7 +161,7 @@ class Mamba(nn.Module):
             c = dense(n, "inner")(u)
         step = Dense(inner, bias=False, dtype=self.dtype, name="step_up")(low).astype(jnp.float32)
         step = step + self.param("step_bias", steps(), (inner,), jnp.float32)[None, None]
-        rates = lambda key, shape: jnp.log(jnp.broadcast_to(jnp.arange(1.0, n + 1), shape))
+        rates = lambda key, shape: jnp.log(jnp.broadcast_to(jnp.arange(1, n + 1, dtype=jnp.float32), shape))
         a = -jnp.exp(self.param("log_rates", rates, (inner, n)))
         skip = self.param("skip", nn.initializers.ones, (inner,), jnp.float32)
         step = nn.softplus(step)

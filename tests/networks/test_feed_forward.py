@@ -74,6 +74,13 @@ def test_layers_choose_their_own_precision(params, x):
     assert jax.eval_shape(nw.Switch(3, 2, jnp.bfloat16).apply, v, x, time).dtype == jnp.bfloat16
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_indices_stay_32_bit_where_64_are_enabled(form, params, x, x64):
+    y = layer(FORMS[form]).apply({"params": params}, x.astype(np.float64))
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, by_hand(params, x, K), atol=1e-5)
+
+
 def test_all_forms_have_the_same_gradients(params, x):
     def slopes(form):
         loss = lambda p, x: jnp.sum(jnp.sin(layer(form).apply({"params": p}, x)))

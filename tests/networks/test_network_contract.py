@@ -141,6 +141,14 @@ def test_rules_fit_and_a_cut_network_gives_the_same(any_case, plain):
     np.testing.assert_allclose(z, plain[1][:2], atol=3e-5)
 
 
+def test_a_float64_state_gives_float64_and_parameters_stay_float32(any_case, x64):
+    c = any_case
+    args = jax.tree.map(lambda a: a.astype(np.float64) if a.dtype == np.float32 else a, (c.x, c.t, c.cond))
+    params = jax.eval_shape(c.net.init, jax.random.key(0), *args)["params"]
+    assert {a.dtype for a in jax.tree.leaves(params)} == {np.dtype(np.float32)}
+    assert jax.eval_shape(c.fn, params, *args).dtype == jnp.float64
+
+
 @pytest.mark.parametrize("bad", ["t", "x", "cond"])
 def test_bad_input_is_refused(any_case, bad):
     c = any_case

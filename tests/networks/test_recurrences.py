@@ -196,6 +196,14 @@ def test_other_mixers_read_every_input_and_parameter_and_no_padding(name):
     assert kernels and all(any(r.search(p) for r in rules) for p in kernels)
 
 
+@pytest.mark.parametrize("mix", [nw.RWKV7, nw.Mamba, nw.S4D])
+def test_a_float64_state_changes_no_parameter(mix, x64):
+    net = nw.StateDiT(width=8, depth=1, heads=2, mix=mix, cross=mix, token_size=4)
+    args = jnp.zeros((1, 5, 2), jnp.float64), jnp.zeros(1, jnp.float64), {"tokens": jnp.zeros((1, 3, 4), jnp.float64)}
+    y, v = jax.eval_shape(net.init_with_output, jax.random.key(0), *args)
+    assert y.dtype == jnp.float64 and {a.dtype for a in jax.tree.leaves(v)} == {np.dtype(np.float32)}
+
+
 @pytest.mark.parametrize(
     "how",
     [
