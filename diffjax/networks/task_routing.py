@@ -8,6 +8,7 @@ time and tokens, as the `route` of a DiT.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -65,7 +66,12 @@ class TaskRouted:
     def _masked(self, call: Callable, args: tuple, kwargs: dict, path: tuple, t: Any, whole: dict) -> Any:
         """The output of one block whose input is masked; what the mask leaves out passes by it."""
         x = args[0]
-        size = int(self.beta * x.shape[-1])
+        size = math.floor(self.beta * x.shape[-1] + 1e-9)  # 0.29 * 100 is below 29
+        if size == 0:
+            raise ValueError(
+                f"beta={self.beta} leaves none of the {x.shape[-1]} channels of block {'/'.join(path)}; give at least "
+                f"{1 / x.shape[-1]:.3g}"
+            )
         if size == x.shape[-1]:
             return call(*args, **kwargs)
         mask = sliding_window(self.task(jnp.asarray(t)), x.shape[-1], size, self.alpha).astype(x.dtype)
@@ -103,7 +109,8 @@ def task_routed(
     (0, 1], 1 is the network itself.   alpha: > 0.   task: the time code -> [0, 1] from data to noise, default the code
     itself.   blocks: module classes whose first argument is the state [B, ..., C]; also inside scans and remat.
     Returns: a function of the same arguments; it composes with `tapped`.
-    Raises: ValueError: beta or alpha out of range; when called, a jitted apply, a block without a way past it.
+    Raises: ValueError: beta or alpha out of range; when called, a jitted apply, a window of no channel, a block without
+        a way past it.
 
     Example:
         >>> from diffjax.networks import from_linen, random_parameters

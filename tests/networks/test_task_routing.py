@@ -85,6 +85,13 @@ def test_a_routed_network_is_its_blocks_by_hand():
     assert f == nw.task_routed(net, 0.5, 2.0, task=abs, blocks=(Step,)) and hash(f) == hash(f)
 
 
+def test_a_window_has_the_floor_of_its_share():
+    """0.29 * 100 is 28.999999999999996 in floating point."""
+    params = {"step_0": {"branch": {"kernel": np.eye(100, dtype=np.float32), "bias": np.zeros(100, np.float32)}}}
+    y = nw.task_routed(nw.from_linen(Toy((100,))), 0.29, blocks=(Step,))(params, jnp.ones((1, 1, 100)), 0.0)
+    assert int((y > 1.5).sum()) == 29
+
+
 def test_full_windows_leave_the_program_as_it_is():
     for name in ("dit", "unet"):
         c = case_of(name, **({"depth": 1} if name == "dit" else {}))
@@ -125,6 +132,8 @@ def test_wrong_uses_of_task_routing_are_refused():
     with pytest.raises(ValueError, match="no network was called"):
         nw.task_routed(lambda x, t: x)(1.0, 0.5)
     x = jnp.ones((1, 2, 4))
+    with pytest.raises(ValueError, match="beta=0.2 leaves none of the 4 channels of block step_0; give at least 0.25"):
+        nw.task_routed(nw.from_linen(Toy()), 0.2, blocks=(Step,))(nw.random_parameters(Toy(), x, 0.5), x, 0.5)
     lossy = nw.from_linen(Toy((3,), Lossy))
     with pytest.raises(ValueError, match="step_0 makes .*without a layer `skip`"):
         nw.task_routed(lossy, 0.5, blocks=(Lossy,))(nw.random_parameters(lossy.module, x, 0.5), x, 0.5)
