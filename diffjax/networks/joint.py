@@ -57,10 +57,12 @@ class JointAttention(nn.Module):
         if d % self.heads:
             raise ValueError(f"attention needs a width divisible by heads; got width {d} and heads={self.heads}")
 
+        own = "tokens" if len(streams) > 1 else None  # one stream holds other tokens beside those of the grid
+
         def project(h: Any, end: str) -> tuple[Any, Any, Any]:
             y = Dense(3 * d, init=per_head(self.heads, 3), bias=self.bias, dtype=self.dtype, name="qkv" + end)(h)
             y = y.reshape(*y.shape[:2], self.heads, -1)
-            q, k, v = jnp.split(constrain(y, "batch", "tokens" if not end else None, "heads", None), 3, axis=-1)
+            q, k, v = jnp.split(constrain(y, "batch", own if not end else None, "heads", None), 3, axis=-1)
             if self.qk_norm:
                 q, k = RMSNorm(name="q_norm" + end)(q), RMSNorm(name="k_norm" + end)(k)
             return q, k, v

@@ -1,6 +1,7 @@
 """U-ViT against a textbook in NumPy, and what it refuses."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from network_cases import inputs
@@ -76,6 +77,18 @@ def test_skips_join_mirrored_blocks():
     np.testing.assert_array_equal(taps["skip_0"], taps["block_0/block"])
     np.testing.assert_array_equal(taps["skip_1"], taps["block_1/block"])
     assert {k for k, v in params.items() if "join" in v} == {"block_3", "block_4"}
+
+
+@pytest.mark.parametrize(
+    "net", [nw.UViT(width=8, depth=3, heads=2), nw.MMDiT(width=8, depth=1, single=1, heads=2, token_size=4)]
+)
+def test_patches_and_other_tokens_in_one_stream_stay_whole_on_a_mesh_that_cuts_sequences(net):
+    """Their number is odd here: 6 patches with the time, or with 3 tokens of text."""
+    x, cond = jnp.zeros((2, 4, 6, 1)), {"tokens": jnp.zeros((2, 3, 4))} if net.token_size else None
+    mesh = jax.make_mesh((2, 2), ("data", "sequence"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    with jax.set_mesh(mesh):
+        y, _ = jax.eval_shape(net.init_with_output, jax.random.key(0), x, jnp.zeros(2), cond)
+    assert y.shape == x.shape
 
 
 def test_rope_turns_the_patches_alone():
