@@ -277,6 +277,8 @@ def test_bad_conditions(case):
     for name in ("label", "vector", "tokens"):
         refuse(case, f"needs cond.'{name}'", cond={k: v for k, v in case.cond.items() if k not in (name, "mask")})
     refuse(case, "needs cond.'vector'", cond=case.cond["label"])
+    refuse(case, r"'label'. must be an array of integers \[3\]; got list", cond=case.cond | {"label": [0, 1, 2]})
+    refuse(case, r"'mask'. must be bool \[3, 5\].*; got list", cond=case.cond | {"mask": [[True] * 5] * 3})
     bare = type(case.net)()
     for name in ("label", "vector", "tokens", "image"):
         if name in case.cond:
