@@ -91,10 +91,11 @@ def depthwise(x: Any, kernel: Any) -> jax.Array:
     if jax.default_backend() != "cpu":
         form = ("NHWC", "HWIO", "NHWC")
         return lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=form, feature_group_count=c)
-    h, w, near = x.shape[1], x.shape[2], ((k - 1) // 2, k // 2)
-    x = jnp.pad(x, ((0, 0), near, near, (0, 0)))
-    kernel = kernel.reshape(k, k, 1, 1, 1, c)
-    return sum(x[:, i : i + h, j : j + w] * kernel[i, j] for i in range(k) for j in range(k))
+    h, w, near, dtype = x.shape[1], x.shape[2], ((k - 1) // 2, k // 2), x.dtype
+    wide = at_least_float32(dtype)  # the sum, as that of a convolution
+    x = jnp.pad(x, ((0, 0), near, near, (0, 0))).astype(wide)
+    kernel = kernel.reshape(k, k, 1, 1, 1, c).astype(wide)
+    return sum(x[:, i : i + h, j : j + w] * kernel[i, j] for i in range(k) for j in range(k)).astype(dtype)
 
 
 class Block(nn.Module):

@@ -59,6 +59,8 @@ def test_depthwise_is_the_grouped_convolution(k):
     form = ("NHWC", "HWIO", "NHWC")
     want = lax.conv_general_dilated(x, kernel, (1, 1), "SAME", dimension_numbers=form, feature_group_count=4)
     np.testing.assert_allclose(jax.jit(depthwise)(x, kernel), want, atol=1e-5)
+    ones = jnp.ones((1, 7, 7, 1), jnp.bfloat16), jnp.full((7, 7, 1, 1), 1.1015625, jnp.bfloat16)
+    np.testing.assert_allclose(float(depthwise(*ones)[0, 3, 3, 0]), 49 * 1.1015625, rtol=2**-8)  # rounded once
 
 
 def test_the_lower_branch_comes_up_by_pixel_shuffle():
