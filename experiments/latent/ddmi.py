@@ -4,11 +4,11 @@ D2C-VAE: z = E(x), Xi^1, Xi^2 = D(z) at 2 x 2 and 4 x 4, p_k(c) = Xi^k read at c
 h_k = MLP([h_{k-1}, p_k]) -> value(c); then diffusion of z. The data are functions: digits as cosine series of 5 x 5 terms, so that
 the truth is known at every resolution. All models are given pictures of 8 x 8.
 
-Trained on these alone (27 to 28 dB at 16 x 16 and 32 x 32), what is read between the points is 3 dB better than the truth's nearest
-point, but neither as good as linear interpolation of the truth (31 dB) nor as bicubic (40 dB), which is all but exact for signals of
-this band and which no autoencoder of 32 numbers reaches at the points themselves (33 dB). Two scales gain .3 dB between the points
-and lose .2 at them, so that claim fails at the points. With as many values at random places instead, which continuous data
-have, the loss between the points falls from 6 to 1.4 dB; that it falls to 1 fails.
+Trained on these alone (27 to 28 dB at 16 x 16 and 32 x 32), what is read between the points is 3 dB better than the truth's
+nearest point, but neither as good as linear interpolation of the truth (31 dB) nor as bicubic (40 dB), which is all but exact
+for signals of this band and which no autoencoder of 32 numbers reaches at the points themselves (33 dB). Two scales gain .3 dB
+between the points and lose .2 at them, so that claim fails at the points. With as many values at random places instead, which
+continuous data have, the loss between the points falls from 6 to 1.4 dB; that it falls to 1 fails.
 """
 
 import jax

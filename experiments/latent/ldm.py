@@ -131,7 +131,7 @@ def run(preset):
     judge = metrics.classifier(third["x"], third["label"], steps=300 if full else 3, width=16)
     scores = {name: metrics.score(frechet, x) for name, x in samples.items()}
     decoded = space.decode_all(space.encode_all(real))
-    pixels = lambda x: np.asarray(photos.transform.decode(x[:32]))
+    pixels = lambda x: np.asarray(photos.transform.decode(x[:24]))
     return {
         **figures,
         "seconds_over_pixel_model": spent / figures["pixel_seconds"],
