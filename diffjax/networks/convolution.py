@@ -123,15 +123,14 @@ def choose_form(backend: str) -> ConvForm:
     """The form to use on a backend: `canonical` on a CPU, else `native`.
 
     On a CPU the gradients that JAX derives for a convolution are slow inside a loop, where K training steps per dispatch
-    and samplers run. Milliseconds of the gradient in `lax.scan`, batch 64 (16 at 16 x 16, 8 at 32 x 32), 2 cores that
-    other work shared, JAX 0.10.2:
+    and samplers run. The gradient in `lax.scan`, batch 64 (16 at 16 x 16, 8 at 32 x 32), over that of `canonical`, medians on
+    2 cores, JAX 0.10.2 (experiments/benchmarks/networks.py):
 
-        size x channels   8 x 16   8 x 64   16 x 64   16 x 128   32 x 16   32 x 64
-        native                46     1041       469       2582       165       751
-        slices               1.0      9.7        10         72       6.7        28
-        canonical             .7      5.3       5.5         35       6.0        13
+        size x channels   8 x 16   8 x 64   16 x 64   16 x 128   32 x 64
+        native                31       63        33         65        32
+        slices               1.4      1.1        .8        1.5       1.2
 
-    The forward pass alone is that of `native`, .4 to 1 of `slices`; so no size calls for `slices`.
+    The forward pass is that of `native`, and it compiles in half the time of `slices`.
     """
     return canonical if backend == "cpu" else native
 

@@ -7,6 +7,9 @@ the data. The parameters are those of the plain network, and so are its initial 
 On the digits with a small transformer, three trainings of each from the same starts, with the same batches and noise;
 `steps_ratio` is the number of steps after which the routed network has the plain network's final test loss, by the steps of
 the plain one, where both are averages over seeds; it is 2 where that loss is not reached.
+
+Here it is not: the routed network is 10 % behind after 500 steps and 1.2 % after 1500. With 25 of 32 channels it has less to learn
+with, and the gap closes; that it overtakes, as large networks are reported to, is not seen at this size.
 """
 
 import jax
