@@ -2,7 +2,8 @@
 
 `input_stall` of the log is the share of the time in which the loop waited for data while the device had nothing to do; its
 mean over the run after the first window, which holds the compilation. Limit: <= 2 % with prefetching. Calls of the
-device are queued, which hides much of the reading even without it.
+device are queued, which hides much of the reading even without it. To see that waiting is noticed, the digits are also read
+by a stream that sleeps before every batch, longer than a step takes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import io
 import json
 import pathlib
 import tempfile
+import time
 from typing import Any
 
 import numpy as np
@@ -35,8 +37,28 @@ def folder_of_pictures(path: pathlib.Path, n: int, side: int) -> None:
         save_png(path / f"class{i % 2}" / f"{i:05d}.png", picture.astype(np.uint8)[None])
 
 
-def stall(settings: config.Train, steps: int, prefetch: int) -> float:
-    """The mean share of waiting, weighted by time."""
+class Late:
+    """A stream of batches, each after a sleep."""
+
+    def __init__(self, stream: Any, seconds: float) -> None:
+        self._stream, self._seconds = stream, seconds
+
+    def __getattr__(self, name: str) -> Any:
+        """All else is the stream's."""
+        return getattr(self._stream, name)
+
+    def __iter__(self) -> Late:
+        """Itself."""
+        return self
+
+    def __next__(self) -> Any:
+        """The next batch, late."""
+        time.sleep(self._seconds)
+        return next(self._stream)
+
+
+def stall(settings: config.Train, steps: int, prefetch: int, late: float = 0.0) -> float:
+    """The mean share of waiting, weighted by time; `late`: seconds of sleep before every batch."""
     dataset = data.load(settings.data, image_size=settings.image_size, seed=settings.seed)
     shape, classes = build.shape_of(dataset), dataset.num_classes
     optimizer, _ = build.optimiser(settings.training)
@@ -51,8 +73,8 @@ def stall(settings: config.Train, steps: int, prefetch: int) -> float:
     ):
         log = pathlib.Path(folder) / "log.jsonl"
         training.fit(
-            born, build.train_step(settings, shape, classes), stream, steps=steps, log_every=LOG, metrics_file=log,
-            stream=io.StringIO(),
+            born, build.train_step(settings, shape, classes), Late(stream, late) if late else stream, steps=steps,
+            log_every=LOG, metrics_file=log, stream=io.StringIO(),
         )  # fmt: skip
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     windows = [(LOG / line["steps_per_second"], line["input_stall"]) for line in lines[1:] if "input_stall" in line]
@@ -77,6 +99,7 @@ def run(quick: bool = False) -> dict[str, Any]:
         cases = {"digits": (config.preset("digits"), steps), "folder": (pictures(folder), max(steps // 8, 60))}
         for name, (settings, n) in cases.items():
             report[name] = {f"prefetch {k}": stall(settings, n, k) for k in (2, 0)}
+        report["digits, each batch 0.1 s late"] = stall(config.preset("digits"), 60, 2, late=0.1)
     return report
 
 
