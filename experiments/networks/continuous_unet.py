@@ -93,6 +93,9 @@ def run(preset):
     finer = {1: out} | {n: predict(continuous(n), params, x, t, label) for n in (2, 4)}
     change = lambda n: float(np.sqrt(np.mean(np.square(finer[2 * n] - finer[n]))))
     mean = {k: np.mean(v) for k, v in error.items()}
+    alpha, sigma = (np.asarray(f(jnp.asarray(t))).reshape(-1, 1, 1, 1) for f in (PROCESS.alpha, PROCESS.sigma))
+    seen = np.argsort(np.abs(t - 0.5))[:40]  # at middle noise
+    grey = lambda y: np.clip(digits.transform.decode(np.asarray(y)[seen]), 0, 16)
     return {
         "parameters_ratio": count["continuous"] / count["discrete"],
         "operations_ratio": cost["continuous"] / cost["discrete"],
@@ -103,4 +106,7 @@ def run(preset):
         "change_by_doubling": change(1),
         "change_by_doubling_twice": change(2),
         "order": np.log2(change(1) / change(2)),
+        "clean_grid": grey(x0),
+        "noisy_grid": grey(x),
+        "denoised_grid": grey((x - sigma * out) / alpha),
     }
