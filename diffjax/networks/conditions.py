@@ -38,6 +38,11 @@ class Condition(NamedTuple):
     mask: Any = None  # [B, L] wherever tokens are
     image: Any = None
 
+    def joined(self, x: Any, dtype: Any) -> jax.Array:
+        """The state with the image behind it, if there is one.   [B, *n, C], [B, *n, c] -> [B, *n, C + c]"""
+        x = x.astype(dtype)
+        return x if self.image is None else jnp.concatenate([x, jnp.asarray(self.image).astype(dtype)], axis=-1)
+
 
 def read_condition(
     cond: Any,
@@ -214,6 +219,15 @@ def read_state(x: Any, form: str) -> jax.Array:
     if not fits or not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"the state x must be a floating array {form}; got {x.dtype} of shape {x.shape}")
     return x
+
+
+def condition_of(net: Any, cond: Any, x: Any) -> Condition:
+    """`cond`, read as a network is configured for: by its fields `num_classes`, `vector_size`, `token_size`, `image_channels`.
+
+    Args: net: a module with any of these fields; those that it lacks are kinds it cannot take.   cond, x: see `read_condition`.
+    Raises: ValueError: see `read_condition`.
+    """
+    return read_condition(cond, x, **{field: getattr(net, field, 0) for field in FIELDS.values()})
 
 
 class Code(nn.Module):

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.conditions import Code, condition_of, read_state, read_time
 from diffjax.networks.convolution import Conv, ConvForm
 from diffjax.networks.embeddings import UNIT, Frequencies
 from diffjax.networks.layers import Dense, GroupNorm, at_least_float32, modulate, rematerialised
@@ -212,14 +212,7 @@ class ContinuousUNet(nn.Module):
         check_levels(self, x)
         if self.token_size and not self.attention:
             raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
-        condition = read_condition(
-            cond,
-            x,
-            num_classes=self.num_classes,
-            vector_size=self.vector_size,
-            token_size=self.token_size,
-            image_channels=self.image_channels,
-        )
+        condition = condition_of(self, cond, x)
         code = Code(self.code, self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype, name="code")
         c = code(read_time(t, x), condition)
         make = rematerialised(DynamicBlock, self.remat)
@@ -234,9 +227,7 @@ class ContinuousUNet(nn.Module):
                 h = made(h, c, condition.tokens, condition.mask)
             return h
 
-        h = x.astype(self.dtype)
-        if condition.image is not None:
-            h = jnp.concatenate([h, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        h = condition.joined(x, self.dtype)
         h = Conv(self.widths[0], form=self.conv, dtype=self.dtype, name="in")(h)
         skips = []
         for i in range(len(self.widths)):

@@ -12,9 +12,9 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.conditions import read_condition, read_state, read_time
+from diffjax.networks.conditions import condition_of, read_state, read_time
 from diffjax.networks.convolution import Conv, ConvForm
-from diffjax.networks.dit import patches
+from diffjax.networks.dit import check_patch, patches
 from diffjax.networks.embeddings import LabelEmbedding, grid_positions
 from diffjax.networks.layers import Dense, at_least_float32, fan_in_uniform, rematerialised
 from diffjax.networks.partition import ATTENTION, COLUMN, ROW, Rules, constrain
@@ -238,13 +238,7 @@ class DiMR(nn.Module):
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, H, W, C]")
         self._check(x)
-        condition = read_condition(
-            cond,
-            x,
-            num_classes=self.num_classes,
-            vector_size=self.vector_size,
-            image_channels=self.image_channels,
-        )
+        condition = condition_of(self, cond, x)
         u = self.log_snr(read_time(t, x))
         out = self.out_channels or x.shape[-1]
         fields = dict(
@@ -256,9 +250,7 @@ class DiMR(nn.Module):
             train=train,
             dtype=self.dtype,
         )
-        z = x.astype(self.dtype)
-        if condition.image is not None:
-            z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        z = condition.joined(x, self.dtype)
         below, side, last = None, {}, len(self.branches) - 1
         for i, branch in enumerate(self.branches):
             codes = self._codes(condition, branch.width, i) if branch.heads else ()
@@ -289,10 +281,7 @@ class DiMR(nn.Module):
             raise ValueError(f"depths of branches must be odd; got {[b.depth for b in self.branches]}")
         if (self.num_classes or self.vector_size) and not any(b.heads for b in self.branches):
             raise ValueError("labels and vectors are tokens of transformers; give a branch heads > 0")
-        if x.shape[1] % patch[0] or x.shape[2] % patch[0]:
-            raise ValueError(
-                f"DiMR needs height and width divisible by patch={patch[0]}; got a state of shape {x.shape}"
-            )
+        check_patch(self, x, patch[0])
 
 
 # Widths and depths of XL/2R and G/2R: the configurations released with arXiv:2406.09416, whose depths are rounded up to odd

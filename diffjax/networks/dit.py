@@ -10,13 +10,20 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention, Mixing, full
-from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.conditions import Code, condition_of, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.feed_forward import mlp, ragged, sparse
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat
 from diffjax.networks.partition import ATTENTION, BLOCK, CODE, EXPERTS, FILM, Rules, constrain
 from diffjax.networks.positions import Rope, Table
 from diffjax.networks.taps import Tap
+
+
+def check_patch(net: Any, x: Any, p: int) -> None:
+    """Refuse a picture that squares of side p do not tile.   Raises: ValueError."""
+    if x.shape[1] % p or x.shape[2] % p:
+        name = type(net).__name__
+        raise ValueError(f"{name} needs height and width divisible by patch={p}; got a state of shape {x.shape}")
 
 
 def patches(x: Any, p: int) -> jax.Array:
@@ -134,16 +141,8 @@ class DiT(nn.Module):
         x = read_state(x, "[B, H, W, C]")
         _, h, w, channels = x.shape
         p = self.patch
-        if h % p or w % p:
-            raise ValueError(f"DiT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
-        condition = read_condition(
-            cond,
-            x,
-            num_classes=self.num_classes,
-            vector_size=self.vector_size,
-            token_size=self.token_size,
-            image_channels=self.image_channels,
-        )
+        check_patch(self, x, p)
+        condition = condition_of(self, cond, x)
         code = Code(
             self.width,
             self.num_classes,
@@ -156,9 +155,7 @@ class DiT(nn.Module):
         routed = self.route is not None
         c = code(read_time(t, x), condition, with_time=routed)
         c, time = c if routed else (c, None)
-        z = x.astype(self.dtype)
-        if condition.image is not None:
-            z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        z = condition.joined(x, self.dtype)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
         if self.positions is not None:
             z = z + jnp.asarray(self.positions(h // p, w // p, self.width), self.dtype)[None]

@@ -8,7 +8,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.networks.conditions import read_condition, read_state, read_time
+from diffjax.networks.conditions import condition_of, read_state, read_time
 from diffjax.networks.layers import at_least_float32, rematerialised, spread
 from diffjax.networks.magnitude import (
     CosineAttention,
@@ -110,9 +110,7 @@ class EDM2UNet(nn.Module):
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, H, W, C]")
         check_levels(self, x)
-        condition = read_condition(
-            cond, x, num_classes=self.num_classes, vector_size=self.vector_size, image_channels=self.image_channels
-        )
+        condition = condition_of(self, cond, x)
         code = MPCode(max(self.widths), self.widths[0], self.num_classes, self.vector_size, self.dtype, name="code")
         c = code(read_time(t, x), condition)
         make = rematerialised(EDM2Block, self.remat)
@@ -123,9 +121,7 @@ class EDM2UNet(nn.Module):
             made = make(n, encoder, heads, self.residual, self.dropout, self.clip, train, self.dtype, name=name)
             return made(h, c)
 
-        h = x.astype(self.dtype)
-        if condition.image is not None:
-            h = jnp.concatenate([h, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        h = condition.joined(x, self.dtype)
         h = MPConv(self.widths[0], dtype=self.dtype, name="in")(with_ones(h))
         skips = [h]
         for i, n in enumerate(self.widths):
@@ -175,7 +171,7 @@ class EDM2MLP(nn.Module):
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, ..., d]")
-        condition = read_condition(cond, x, num_classes=self.num_classes, vector_size=self.vector_size)
+        condition = condition_of(self, cond, x)
         c = MPCode(self.width, self.width, self.num_classes, self.vector_size, self.dtype, name="code")(
             read_time(t, x, axes=x.ndim - 1), condition
         )

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.conditions import Code, read_condition, read_state, read_time
-from diffjax.networks.dit import SIZES, DiTBlock, patches, unpatches
+from diffjax.networks.conditions import Code, condition_of, read_state, read_time
+from diffjax.networks.dit import SIZES, DiTBlock, check_patch, patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.layers import (
     Dense,
@@ -161,8 +161,7 @@ class MaskedDiT(nn.Module):
         self._check(x)
         _, h, w, channels = x.shape
         p, d, dtype = self.patch, self.width, self.dtype
-        sizes = {k: getattr(self, k) for k in ("num_classes", "vector_size", "token_size", "image_channels")}
-        condition = read_condition(cond, x, **sizes)
+        condition = condition_of(self, cond, x)
         place = jnp.asarray(grid_positions(h // p, w // p, d), dtype)[None]
         embed = Dense(d, dtype=dtype, name="in")
         z = constrain(embed(patches(x.astype(dtype), p)) + place, "batch", "tokens", None)
@@ -213,8 +212,7 @@ class MaskedDiT(nn.Module):
 
     def _check(self, x: Any) -> None:
         p = self.patch
-        if x.shape[1] % p or x.shape[2] % p:
-            raise ValueError(f"MaskedDiT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
+        check_patch(self, x, p)
         if not 0 <= self.decode <= self.depth or not 0 < self.mask_ratio < 1:
             raise ValueError(
                 f"decode must be in [0, {self.depth}] and mask_ratio in (0, 1); got {self.decode} and {self.mask_ratio}"

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.conditions import Code, condition_of, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, repeat, spread
 from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, Rules, constrain
@@ -84,9 +84,7 @@ class MLP(nn.Module):
     def __call__(self, x: Any, t: Any, cond: Any = None, *, train: bool = False) -> jax.Array:
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, ..., d]")
-        condition = read_condition(
-            cond, x, num_classes=self.num_classes, vector_size=self.vector_size, token_size=self.token_size
-        )
+        condition = condition_of(self, cond, x)
         t = read_time(t, x, axes=x.ndim - 1)
         code = Code(self.width, self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype, name="code")
         c = code(t, condition)

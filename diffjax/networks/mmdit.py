@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.conditions import read_condition, read_state, read_time
-from diffjax.networks.dit import patches, unpatches
+from diffjax.networks.conditions import condition_of, read_state, read_time
+from diffjax.networks.dit import check_patch, patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, LabelEmbedding, TimeCode, grid_positions
 from diffjax.networks.joint import JOINT, JointAttention
 from diffjax.networks.layers import Dense, at_least_float32, mark_layer, modulate, plain_norm, rematerialised, repeat
@@ -191,19 +191,15 @@ class MMDiT(nn.Module):
                 "guided reads the guidance weight from the end of cond['vector'], so that vector_size must be at least 2; got "
                 f"{self.vector_size}"
             )
-        if h % p or w % p:
-            raise ValueError(f"MMDiT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
+        check_patch(self, x, p)
         pairs = self.depth - (not self.single)  # whole blocks of two streams
         if not 0 <= self.alone <= pairs or self.depth < 1:
             raise ValueError(
                 f"alone must be in 0 .. {max(pairs, 0)}, the whole blocks of two streams; got {self.alone}"
             )
-        sizes = {k: getattr(self, k) for k in ("num_classes", "vector_size", "token_size", "image_channels")}
-        condition = read_condition(cond, x, **sizes)
+        condition = condition_of(self, cond, x)
         c = self._code(read_time(t, x), condition)
-        z = x.astype(self.dtype)
-        if condition.image is not None:
-            z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        z = condition.joined(x, self.dtype)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
         n = z.shape[1]
         if self.positions is not None:

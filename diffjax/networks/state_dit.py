@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.conditions import Code, read_condition, read_state, read_time
-from diffjax.networks.dit import patches, unpatches
+from diffjax.networks.conditions import Code, condition_of, read_state, read_time
+from diffjax.networks.dit import check_patch, patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, grid_positions
 from diffjax.networks.layers import Dense, at_least_float32, modulate, plain_norm, rematerialised
 from diffjax.networks.mamba import MAMBA
@@ -129,11 +129,9 @@ class StateDiT(nn.Module):
         image = jnp.ndim(x) == 4
         x = read_state(x, "[B, H, W, C]" if image else "[B, L, C]")
         p, channels = self.patch, x.shape[-1]
-        if image and (x.shape[1] % p or x.shape[2] % p):
-            raise ValueError(f"StateDiT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
-        condition = read_condition(
-            cond, x, num_classes=self.num_classes, vector_size=self.vector_size, token_size=self.token_size
-        )
+        if image:
+            check_patch(self, x, p)
+        condition = condition_of(self, cond, x)
         code = Code(
             self.width,
             self.num_classes,

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.attention import Attention
-from diffjax.networks.conditions import Code, read_condition, read_elements, read_state, read_time
+from diffjax.networks.conditions import Code, condition_of, read_elements, read_state, read_time
 from diffjax.networks.embeddings import UNIT, Frequencies, sinusoids
 from diffjax.networks.layers import Dense, at_least_float32, fan_in_uniform, mark_layer, modulate, plain_norm, repeat
 from diffjax.networks.partition import ATTENTION, BLOCK, CODE, FILM, Rules, constrain
@@ -141,9 +141,7 @@ class TokenDiT(nn.Module):
                 f"(latents={self.latents}), not both: elements do not meet there. Set one of them to 0"
             )
         cond, present, pairs = read_elements(cond, x, self.pair_size)
-        condition = read_condition(
-            cond, x, num_classes=self.num_classes, vector_size=self.vector_size, token_size=self.token_size
-        )
+        condition = condition_of(self, cond, x)
         code = Code(
             self.width,
             self.num_classes,

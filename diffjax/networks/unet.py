@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.networks.conditions import Code, read_condition, read_state, read_time
+from diffjax.networks.conditions import Code, condition_of, read_state, read_time
 from diffjax.networks.convolution import Conv, ConvForm
 from diffjax.networks.embeddings import UNIT, Features
 from diffjax.networks.layers import GroupNorm, at_least_float32, rematerialised
@@ -104,14 +104,7 @@ class UNet(nn.Module):
         check_levels(self, x, self.factor)
         if self.token_size and not self.attention:
             raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
-        condition = read_condition(
-            cond,
-            x,
-            num_classes=self.num_classes,
-            vector_size=self.vector_size,
-            token_size=self.token_size,
-            image_channels=self.image_channels,
-        )
+        condition = condition_of(self, cond, x)
         kinds = (self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype)
         code = Code(self.code, *kinds, sinusoids=self.sinusoids, deep_vector=self.deep_vector, name="code")
         c = code(read_time(t, x), condition)
@@ -131,9 +124,7 @@ class UNet(nn.Module):
             return made(h, c, condition.tokens, condition.mask)
 
         site = lambda name: Site(name, self.factor, conv, resized)
-        h = x.astype(self.dtype)
-        if condition.image is not None:
-            h = jnp.concatenate([h, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        h = condition.joined(x, self.dtype)
         pyramid, h = h, conv(self.stem or self.widths[0], name="in")(h)
         skips = [h]
         for i in levels:

@@ -9,9 +9,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from diffjax.networks.conditions import read_condition, read_state, read_time
+from diffjax.networks.conditions import condition_of, read_state, read_time
 from diffjax.networks.convolution import Conv
-from diffjax.networks.dit import patches, unpatches
+from diffjax.networks.dit import check_patch, patches, unpatches
 from diffjax.networks.embeddings import UNIT, Frequencies, LabelEmbedding, grid_positions, sinusoids
 from diffjax.networks.joint import JOINT, JointAttention
 from diffjax.networks.layers import Dense, LayerNorm, at_least_float32, rematerialised
@@ -105,13 +105,9 @@ class UViT(nn.Module):
         p = self.patch
         if self.depth % 2 == 0:
             raise ValueError(f"depth must be odd: blocks before and after a middle one; got {self.depth}")
-        if h % p or w % p:
-            raise ValueError(f"UViT needs height and width divisible by patch={p}; got a state of shape {x.shape}")
-        sizes = {k: getattr(self, k) for k in ("num_classes", "vector_size", "token_size", "image_channels")}
-        condition = read_condition(cond, x, **sizes)
-        z = x.astype(self.dtype)
-        if condition.image is not None:
-            z = jnp.concatenate([z, jnp.asarray(condition.image).astype(self.dtype)], axis=-1)
+        check_patch(self, x, p)
+        condition = condition_of(self, cond, x)
+        z = condition.joined(x, self.dtype)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
         if self.positions is not None:
             z = z + jnp.asarray(self.positions(h // p, w // p, self.width), self.dtype)[None]
