@@ -16,8 +16,10 @@ from diffjax.sampling import sample, sample_chunks
 from diffjax.types import Card, Denoiser, Prediction, Process, Solver
 
 _LAZY = (
+    "adapters",
     "cli",
     "data",
+    "interop",
     "metrics",
     "networks",
     "training",

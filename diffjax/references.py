@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from diffjax.types import Card
 
-FOLDERS = ("processes", "times", "losses", "solvers", "guidance", "networks", "metrics", "data")
+FOLDERS = ("processes", "times", "losses", "solvers", "guidance", "networks", "adapters", "metrics", "data")
 
 
 class Paper(NamedTuple):
@@ -195,6 +195,8 @@ PAPERS: dict[str, Paper] = {
                               "Image-to-Image Translation with Conditional Adversarial Networks"),
     "arXiv:2401.12517": Paper("Park, Dogyun and Kim, Sihyeon and Lee, Sojin and Kim, Hyunwoo J.", 2024,
                               "DDMI: Domain-Agnostic Latent Diffusion Models for Synthesizing High-Quality Implicit Neural Representations"),
+    "arXiv:2106.09685": Paper("Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, "
+                              "Shean and Wang, Lu and Chen, Weizhu", 2022, "LoRA: Low-Rank Adaptation of Large Language Models"),
 }  # fmt: skip
 
 

@@ -32,10 +32,25 @@ ALLOWED = {
     "adjoint": MIDDLE | {"solvers", "sampling"},
     "testing": MIDDLE | {"solvers", "sampling"},
     "training": MIDDLE | {"losses"},
+    "adapters": BASE | {"networks", "training"},
+    "interop": MIDDLE | {"networks", "training", "adapters", "latent"},
     "latent": MIDDLE | {"networks", "data", "training"},
     "references": BASE,
     "cli": MIDDLE
-    | {"losses", "solvers", "guidance", "metrics", "data", "networks", "sampling", "training", "latent", "references"},
+    | {
+        "losses",
+        "solvers",
+        "guidance",
+        "metrics",
+        "data",
+        "networks",
+        "sampling",
+        "training",
+        "latent",
+        "adapters",
+        "interop",
+        "references",
+    },
     "__main__": {"cli"},
 }
 

@@ -1,5 +1,5 @@
 """Networks: Flax linen modules `net(x, t, cond, train=False)` that know nothing of processes, taps to reach inside
-them, and adapters that make linen and nnx modules pure functions.
+them, and functions that make linen and nnx modules pure functions.
 
 `x` is batch-first and channels-last, `t` is the float time code that the denoiser passes, `cond` follows the convention
 of `diffjax.networks.conditions`. Parameters are plain nested dicts of float32 arrays, outputs are float32.
@@ -14,7 +14,6 @@ import flax.linen as nn
 import jax
 import numpy as np
 
-from diffjax.networks.adapters import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.attention import Attention
 from diffjax.networks.autoencoders import KLAutoencoder, VQAutoencoder
 from diffjax.networks.classifier import Classifier
@@ -34,6 +33,7 @@ from diffjax.networks.entropy import attention_entropy, entropy_scaling
 from diffjax.networks.feed_forward import SparseMLP, capacity, dense, ragged, sparse
 from diffjax.networks.freeu import freeu
 from diffjax.networks.frozen import FeatureAutoencoder, ResidualAutoencoder, feature_autoencoder, match_scale, scale_of
+from diffjax.networks.functional import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
 from diffjax.networks.layers import stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle

@@ -135,8 +135,12 @@ class Attention(nn.Module):
         if angles is not None:
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
-        y = self.mixing(q * (d // self.heads) ** -0.5, k, v, mask, grid)
+        y = self.mix(q * size**-0.5, k, v, mask, grid)
         y = constrain(y, "batch", "tokens", "heads", None).reshape(x.shape)
         y = constrain(y, "batch", "tokens", "wide")
         bias = tokens is None if self.out_bias is None else self.out_bias
         return Dense(d, zero=self.zero, bias=bias, dtype=self.dtype, name="out")(y)
+
+    def mix(self, q: Any, k: Any, v: Any, mask: Any = None, grid: Any = None) -> jax.Array:
+        """The mixing of values, to be changed from outside by `tapped(around={"PATH.mix": f})`; see `Mixing`."""
+        return self.mixing(q, k, v, mask, grid)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from diffjax import numerics as nu
-from diffjax.networks.adapters import from_linen, zeros
 from diffjax.networks.codebook import Quantised
+from diffjax.networks.functional import from_linen, zeros
 from diffjax.numerics import PyTree, pytree_dataclass, static
 
 

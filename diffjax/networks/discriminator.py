@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from diffjax.networks.adapters import from_linen
 from diffjax.networks.codec import Autoencoder, AutoencoderOf, autoencoder
 from diffjax.networks.convolution import Conv, ConvForm
+from diffjax.networks.functional import from_linen
 from diffjax.networks.layers import GroupNorm, at_least_float32
 from diffjax.networks.partition import Rules
 from diffjax.networks.taps import Tap

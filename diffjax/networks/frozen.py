@@ -15,11 +15,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from diffjax.networks.adapters import zeros
 from diffjax.networks.autoencoders import check_picture
 from diffjax.networks.codec import Posterior
 from diffjax.networks.coders import Decoder, Encoder
 from diffjax.networks.convolution import ConvForm
+from diffjax.networks.functional import zeros
 from diffjax.networks.layers import at_least_float32
 from diffjax.networks.partition import RESIDUAL, Rules
 from diffjax.numerics import PyTree, pytree_dataclass, static

@@ -74,7 +74,11 @@ class JointAttention(nn.Module):
         lengths = [h.shape[1] for h in streams[: self.asking]]
         q = q[:, : sum(lengths)]
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
-        y = full(q * (d // self.heads) ** -0.5, k, v, mask)
+        y = self.mix(q * (d // self.heads) ** -0.5, k, v, mask)
         y = y.reshape(*y.shape[:2], d)
         ends = [sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
         return tuple(constrain(a, "batch", None, "wide") for a in jnp.split(y, ends, axis=1))
+
+    def mix(self, q: Any, k: Any, v: Any, mask: Any = None) -> jax.Array:
+        """The mixing of values, to be changed from outside by `tapped(around={"PATH.mix": f})`; see `attention.Mixing`."""
+        return full(q, k, v, mask)

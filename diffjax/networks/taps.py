@@ -2,11 +2,15 @@
 
 A tap is an identity module; its name is its path in the network, such as `block_0/attention/weights`. `tapped` finds
 taps by Flax's method interception, so it works in jit, scan, remat and grad, and costs nothing where it is not used.
+The same way any module can be wrapped by its path, such as the dense layer `block_0/attention/qkv`, and any method of it
+by `PATH.method`, such as `block_0/attention.mix`.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -46,7 +50,9 @@ class LayerIndex(nn.Module):
 
 @dataclasses.dataclass(frozen=True)
 class per_layer:  # noqa: N801  (reads as a function: write={name: per_layer(f)})
-    """A writer for taps inside scanned layers.   y = f(value, layer), with `layer` the traced index of the layer.
+    """A writer inside scanned layers.   y = f(value, layer), with `layer` the traced index of the layer
+
+    In `around` it is called as `f(layer, call, *args)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -63,16 +69,23 @@ class Tapped:
     apply: Any
     read: tuple[str, ...]
     write: tuple[tuple[str, Any], ...]
+    around: tuple[tuple[str, Any], ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """`apply(*args, **kwargs)`, or `(that, {name: value})` if taps are read."""
-        write, seen, layers = dict(self.write), {}, {}
+        write, around, seen, layers = dict(self.write), dict(self.around), {}, {}
+        passed: dict[str, None] = {}
 
         def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
             module = context.module
+            path = module.path
+            if around and nn.Module in type(module).__bases__:  # not what scan and remat put around a module
+                name = "/".join(path) + ("" if context.method_name == "__call__" else f".{context.method_name}")
+                passed[name] = None
+                if name in around:
+                    call = _wrapped(around[name], name, call, _layer(layers, path, module, args))
             if context.method_name != "__call__" or not isinstance(module, (Tap, LayerIndex)):
                 return call(*args, **kwargs)
-            path = module.path
             if isinstance(module, LayerIndex):
                 layers[path[:-1]] = args[0]
                 return call(*args, **kwargs)
@@ -93,6 +106,9 @@ class Tapped:
         unknown = sorted({*self.read, *write} - set(seen))
         if unknown:
             raise ValueError(_unknown(unknown, list(seen)))
+        unknown = sorted({*around} - set(passed))
+        if unknown:
+            raise ValueError(_not_called(unknown, list(passed)))
         if not self.read:
             return out
         flat = traverse_util.flatten_dict(variables[COLLECTION])
@@ -104,17 +120,20 @@ def tapped(
     apply: Any,
     read: str | Iterable[str] = (),
     write: Mapping[str, Any] | None = None,
+    *,
+    around: Mapping[str, Any] | None = None,
 ) -> Tapped:
-    """`apply` with taps read or rewritten.   (out, {name: value}) = tapped(apply, read=names)(...)
+    """`apply` with taps read or rewritten, and modules wrapped.   (out, {name: value}) = tapped(apply, read=names)(...)
 
     A value read is the value after `write`, from the same call. Under `nn.scan` the layers share one name: a value
     read is stacked `[layers, ...]`, and `per_layer(f)` writes by layer. A tap that is reached several times reads as
     a tuple.
     Args: apply: `module.apply`, a `from_linen` function, or any function that passes the keyword `mutable` on to
     `module.apply`; not jitted: jit what `tapped` returns.   read: names.   write: `{name: f}`, `f(value) -> value` of
-    the same shape and dtype.
+    the same shape and dtype.   around: `{path: f}` or `{path.method: f}` of any module, `f(call, *args, **kwargs) -> out` in
+    the place of `call(*args, **kwargs)`; inside scanned layers `per_layer(f)`.
     Returns: a function of the same arguments; it returns the output alone if nothing is read.
-    Raises: ValueError: `apply` is jitted; a name is not a tap of the network (when called; the taps are listed); a
+    Raises: ValueError: `apply` is jitted; a name is not a tap or module of the network (when called; they are listed); a
     written value has another shape or dtype.
 
     Example:
@@ -131,11 +150,12 @@ def tapped(
     if not callable(apply):
         raise ValueError(f"apply must be a function such as module.apply; got {apply!r}")
     read = (read,) if isinstance(read, str) else tuple(read)
-    write = dict(write or {})
-    for name, f in write.items():
-        if not callable(f) and not isinstance(f, per_layer):
-            raise ValueError(f"write[{name!r}] must be a function of the value; got {f!r}")
-    return Tapped(apply, read, tuple(write.items()))
+    write, around = dict(write or {}), dict(around or {})
+    for argument, given in (("write", write), ("around", around)):
+        for name, f in given.items():
+            if not callable(f) and not isinstance(f, per_layer):
+                raise ValueError(f"{argument}[{name!r}] must be a function; got {f!r}")
+    return Tapped(apply, read, tuple(write.items()), tuple(around.items()))
 
 
 def tap_names(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str, ...]:
@@ -173,10 +193,19 @@ def magnitudes(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> dict[str
     }
 
 
-def _layer(layers: dict[tuple, Any], path: tuple) -> Any:
-    """The index of the innermost scanned layer that contains `path`."""
+def _layer(layers: dict[tuple, Any], path: tuple, module: Any = None, args: tuple = ()) -> Any:
+    """The index of the innermost scanned layer that contains `path`, or that of the block itself."""
+    own = _own_layer(module, args) if args else None
+    if own is not None:
+        return own
     inside = [p for p in layers if path[: len(p)] == p]
     return layers[max(inside, key=len)] if inside else None
+
+
+def _own_layer(module: Any, args: tuple) -> Any:
+    """The index that a scanned block is given itself, in the argument `layer`."""
+    names = list(inspect.signature(type(module).__call__).parameters)[1 : len(args) + 1]
+    return args[names.index("layer")] if "layer" in names else None
 
 
 def _rewrite(f: Any, name: str, value: Any, layer: Any) -> Any:
@@ -193,6 +222,21 @@ def _rewrite(f: Any, name: str, value: Any, layer: Any) -> Any:
             "it must keep shape and dtype"
         )
     return new
+
+
+def _wrapped(f: Any, name: str, call: Callable, layer: Any) -> Callable:
+    """`call`, as `f` wants it."""
+    if not isinstance(f, per_layer):
+        return lambda *args, **kwargs: f(call, *args, **kwargs)
+    if layer is None:
+        raise ValueError(f"around[{name!r}] is per_layer, but it is not inside scanned layers; give a plain f")
+    return lambda *args, **kwargs: f.f(layer, call, *args, **kwargs)
+
+
+def _not_called(unknown: list[str], passed: list[str]) -> str:
+    near = {name: difflib.get_close_matches(name, passed, 3, 0.4) for name in unknown}
+    hints = "; ".join(f"{name!r}, near {', '.join(map(repr, close)) or 'none'}" for name, close in near.items())
+    return f"around names modules that were not called: {hints}. {len(passed)} were; a jit inside apply hides them"
 
 
 def _unknown(unknown: list[str], seen: list[str]) -> str:

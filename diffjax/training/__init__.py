@@ -19,6 +19,7 @@ from diffjax.training.reading import Part, Restored
 from diffjax.training.state import TrainState, abstract, init_sharded, init_state
 from diffjax.training.step import TrainStep, condition, make_train_step
 from diffjax.training.store import CheckpointStore
+from diffjax.training.trainable import join, only, split
 from diffjax.training.watch import Watchdog
 from diffjax.training.weights import Weights, export_safetensors, load_safetensors
 
@@ -52,11 +53,14 @@ __all__ = [
     "init_sharded",
     "init_state",
     "isolated",
+    "join",
     "layouts",
     "load_safetensors",
     "make_train_step",
+    "only",
     "optimizer",
     "posthoc",
     "snapshots",
+    "split",
     "steps_per_dispatch",
 ]

@@ -133,7 +133,7 @@ def mesh(
         def pinned(key: Any, params: PyTree, *rest: Any) -> tuple[PyTree, dict]:
             grads, scalars = f(key, params, *rest)
             cut = jax.tree.map(
-                lambda s: NamedSharding(grid, s), placement.specs(layout, params),
+                lambda s: NamedSharding(grid, s), placement.specs(layout, grads),
                 is_leaf=lambda s: isinstance(s, PartitionSpec),
             )  # fmt: skip
             return jax.lax.with_sharding_constraint(grads, cut), scalars

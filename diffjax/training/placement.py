@@ -119,7 +119,9 @@ def spread(layout: Layout, mesh: Mesh, gradients: Callable[..., Any]) -> Callabl
             out_specs=PartitionSpec(ROWS),
         )  # fmt: skip
         grads, scalars = own(key, params, batch, items)
-        stacked = jax.tree.map(lambda s: PartitionSpec(ROWS, *s), whole, is_leaf=is_spec)
+        # of the gradient, which lacks what is not trained
+        cut = jax.tree_util.tree_map_with_path(lambda path, a: layout.spec(path_name(path), a.shape[1:]), grads)
+        stacked = jax.tree.map(lambda s: PartitionSpec(ROWS, *without_fsdp(s)), cut, is_leaf=is_spec)
 
         def reduce(grads: PyTree, scalars: dict) -> tuple[PyTree, dict]:
             grads, scalars = jax.tree.map(lambda a: a[0] / parts, (grads, scalars))

@@ -13,6 +13,7 @@ import optax
 
 from diffjax.numerics import PyTree, pytree_dataclass
 from diffjax.training.ema import Ema
+from diffjax.training.trainable import Trainable, join, split
 
 
 @pytree_dataclass
@@ -35,6 +36,10 @@ class TrainState:
         """The number of updates that were applied: `step` without the skipped ones."""
         return self.step - self.skipped["total"]
 
+    def averaged(self, name: str) -> PyTree:
+        """The parameters with those that are trained averaged, the others as they are."""
+        return join(self.ema[name], self.params)
+
 
 def init_state(
     params: PyTree,
@@ -43,11 +48,12 @@ def init_state(
     *,
     emas: Mapping[str, Ema] | None = None,
     sharding: Any = None,
+    trainable: Trainable | None = None,
 ) -> TrainState:
     """The state before the first step; nothing in it shares memory with `params`, so that it may be donated.
 
     Args: params: pytree of arrays.   key: typed key or int seed.   emas: name -> average, as for `make_train_step`.
-        sharding: one `Sharding` for every leaf; default: the first device.
+        sharding: one `Sharding` for every leaf; default: the first device.   trainable: as for `make_train_step`.
     Raises: ValueError: no parameters, or a leaf that is no array.
 
     Example:
@@ -63,7 +69,7 @@ def init_state(
         raise ValueError(f"key must be an int seed or a typed key from jax.random.key; got an array of {key.dtype}")
     # Explicit output shardings: without them optax's step count lands on device 0, and is restored there.
     sharding = sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    build = jax.jit(lambda params, key: _state(params, optimizer, key, emas or ()), out_shardings=sharding)
+    build = jax.jit(lambda params, key: _state(params, optimizer, key, emas or (), trainable), out_shardings=sharding)
     return build(*jax.device_put((params, key), sharding))
 
 
@@ -74,6 +80,7 @@ def init_sharded(
     driver: Any,
     *,
     emas: Mapping[str, Ema] | None = None,
+    trainable: Trainable | None = None,
 ) -> TrainState:
     """The state before the first step, born in the layout of `driver`: no device ever holds more than its part.
 
@@ -82,7 +89,7 @@ def init_sharded(
     given, and calls it unless it resumes: `functools.partial(init_sharded, init, optimizer, key)`.
 
     Args: init: `key -> params`, a pure function such as `lambda k: net.init(k, x, t)["params"]`.   key: typed key or int
-        seed, of the parameters and of the run.   driver: from `devices.driver`.   emas: as for `init_state`.
+        seed, of the parameters and of the run.   driver: from `devices.driver`.   emas, trainable: as for `init_state`.
 
     Example:
         >>> from diffjax.training import devices
@@ -91,7 +98,7 @@ def init_sharded(
         >>> state.params["w"].shape
         (3,)
     """
-    build, data = birth(init, optimizer, key, emas or ())
+    build, data = birth(init, optimizer, key, emas or (), trainable)
     if isinstance(jnp.zeros(()), jax.core.Tracer):  # under `eval_shape`: only shapes are asked for
         return build(data)
     return birth_program(build, data, driver)(data)
@@ -106,7 +113,9 @@ def birth_program(build: Callable[[Any], TrainState], data: Any, driver: Any) ->
 QUICK = {"xla_backend_optimization_level": 0}  # runs once: compiled without optimisation, many times faster
 
 
-def birth(init: Any, optimizer: Any, key: Any, names: Any) -> tuple[Callable[[Any], TrainState], np.ndarray]:
+def birth(
+    init: Any, optimizer: Any, key: Any, names: Any, trainable: Trainable | None = None
+) -> tuple[Callable[[Any], TrainState], np.ndarray]:
     """`(function of the raw key, raw key)`: NumPy, which every process may give to one program."""
     with jax.ensure_compile_time_eval():  # `fit` asks for the shapes alone, under `eval_shape`
         key = jax.random.key(key) if isinstance(key, int) else key
@@ -114,20 +123,22 @@ def birth(init: Any, optimizer: Any, key: Any, names: Any) -> tuple[Callable[[An
 
     def build(data: Any) -> TrainState:
         key = jax.random.wrap_key_data(data, impl=implementation)
-        return _state(init(jax.random.clone(key)), optimizer, key, names)
+        return _state(init(jax.random.clone(key)), optimizer, key, names, trainable)
 
     return build, raw
 
 
-def _state(params: PyTree, optimizer: optax.GradientTransformation, key: Any, names: Any) -> TrainState:
+def _state(
+    params: PyTree, optimizer: optax.GradientTransformation, key: Any, names: Any, trainable: Trainable | None
+) -> TrainState:
     """The state before the first step; the copies are there because no two leaves may share memory."""
-    zero = jnp.zeros((), jnp.int32)
+    zero, (trained, _) = jnp.zeros((), jnp.int32), split(params, trainable)
     with plain_promotion():
-        opt_state = optimizer.init(params)
+        opt_state = optimizer.init(trained)
     return TrainState(
         step=zero,
         params=jax.tree.map(jnp.copy, params),
-        ema={name: jax.tree.map(lambda p: jnp.copy(widen(p)), params) for name in names},
+        ema={name: jax.tree.map(lambda p: jnp.copy(widen(p)), trained) for name in names},
         opt_state=jax.tree.map(jnp.copy, opt_state),
         key=jnp.copy(key),
         skipped={"total": jnp.copy(zero), "consecutive": jnp.copy(zero)},

@@ -22,6 +22,7 @@ from diffjax.numerics import PyTree
 from diffjax.training.dynamics import gradient_noise
 from diffjax.training.ema import Ema, ema_update
 from diffjax.training.state import TrainState, plain_promotion, widen
+from diffjax.training.trainable import Trainable, join, split
 from diffjax.types import Denoiser
 
 Batch = Mapping[str, Any]
@@ -56,6 +57,7 @@ class TrainStep:
     condition: Callable[[Batch], PyTree] = condition
     monitor: Callable[[PyTree, PyTree, PyTree], dict] | None = None
     noise_scale: bool = False
+    trainable: Trainable | None = None
 
     def __call__(
         self,
@@ -109,10 +111,12 @@ class TrainStep:
 
     def updated(self, state: TrainState, grads: PyTree) -> tuple[PyTree, dict, PyTree]:
         """`(params, ema, opt_state)` after one update, in the dtypes that they had."""
+        trained, rest = split(state.params, self.trainable)
         with plain_promotion():
-            updates, opt_state = self.optimizer.update(grads, state.opt_state, state.params)
-            params = optax.apply_updates(state.params, updates)
-        ema = ema_update(state.updates + 1, state.ema, params, dict(self.emas))
+            updates, opt_state = self.optimizer.update(grads, state.opt_state, trained)
+            trained = optax.apply_updates(trained, updates)
+        ema = ema_update(state.updates + 1, state.ema, trained, dict(self.emas))
+        params = join(trained, rest)
         old = (state.params, state.ema, state.opt_state)
         return jax.tree.map(lambda a, like: jnp.asarray(a).astype(like.dtype), (params, ema, opt_state), old)
 
@@ -123,8 +127,12 @@ class TrainStep:
         return self.gradients(jax.random.fold_in(key, 0), params, batch, items)
 
     def gradients(self, key: Any, params: PyTree, batch: Batch, items: Any) -> tuple[PyTree, dict]:
-        """Gradient of the mean loss over `batch` and the mean scalars, in `accumulate` parts of equal size."""
-        plain = jax.grad(self._mean_loss, has_aux=True)
+        """Gradient of the mean loss over `batch` and the mean scalars, in `accumulate` parts of equal size.
+
+        With `trainable` the gradient has None in the place of what is not trained.
+        """
+        trained, rest = split(params, self.trainable)
+        plain = jax.grad(lambda trained, *args: self._mean_loss(join(trained, rest), *args), has_aux=True)
 
         def grad(*args: Any) -> tuple[PyTree, dict]:
             grads, scalars = plain(*args)
@@ -133,15 +141,15 @@ class TrainStep:
             return grads, scalars
 
         if self.accumulate == 1:
-            return grad(params, key, batch, items)
+            return grad(trained, key, batch, items)
         parts = jax.tree.map(self._split, (dict(batch), items))
 
         def body(total: PyTree, part: PyTree) -> tuple[PyTree, dict]:
             # The same key on purpose: items tell the parts apart, as they do in the whole batch.
-            grads, scalars = grad(params, jax.random.clone(key), *part)
+            grads, scalars = grad(trained, jax.random.clone(key), *part)
             return nu.add(total, grads), scalars
 
-        total, scalars = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, params), parts)
+        total, scalars = jax.lax.scan(body, jax.tree.map(jnp.zeros_like, trained), parts)
         return jax.tree.map(lambda g: g / self.accumulate, total), jax.tree.map(lambda s: s.mean(0), scalars)
 
     def _mean_loss(self, params: PyTree, key: Any, batch: Batch, items: Any) -> tuple[Any, dict]:
@@ -177,6 +185,7 @@ def make_train_step(
     condition: Callable[[Batch], PyTree] = condition,
     monitor: Callable[[PyTree, PyTree, PyTree], dict] | None = None,
     noise_scale: bool = False,
+    trainable: Trainable | None = None,
 ) -> TrainStep:
     """The training step.   p <- optimizer(mean_b grad loss_b(p)),  ema <- ema + weight (p - ema)
 
@@ -193,6 +202,8 @@ def make_train_step(
         monitor: `(params, grads, new params) -> scalars` to report, such as `dynamics.magnitudes`.
         noise_scale: report the two parts of the gradient's noise scale (`dynamics.gradient_noise`), from the gradients of
             the parts of a batch: needs accumulate >= 2, or `shard_map` or `pmap` on several devices.
+        trainable: which parameters are trained, see `trainable.split`; the others stay bit-equal and have no gradient, no
+            moments and no average. Default all. The same as given to `init_state`.
 
     Returns: a pure `train_step(state, batch) -> (state, metrics)`.
     Raises: ValueError: accumulate < 1, or a loss that takes no `items`.
@@ -214,5 +225,5 @@ def make_train_step(
         learning_rate = optax.constant_schedule(learning_rate)
     return TrainStep(
         model, loss, optimizer, tuple((emas or {}).items()), accumulate, guard, learning_rate, augment, condition,
-        monitor, noise_scale,
+        monitor, noise_scale, trainable,
     )  # fmt: skip

@@ -56,7 +56,8 @@ def trace(train_step: Any, params: PyTree, batch: Mapping[str, Any], layout: Lay
             f"{train_step.accumulate} accumulation parts; choose a multiple of {parts} such as {near}"
         )
     emas, optimizer = dict(train_step.emas), train_step.optimizer
-    state = jax.eval_shape(lambda p: init_state(p, optimizer, 0, emas=emas), params)
+    options = dict(emas=emas, trainable=getattr(train_step, "trainable", None))
+    state = jax.eval_shape(lambda p: init_state(p, optimizer, 0, **options), params)
     known = specs(state.params, layout)
     if layout.model > 1 and not any("model" in spec for _, spec in known.values()):
         raise ValueError(

@@ -157,7 +157,7 @@ def test_the_unet_of_the_digits_initialises_at_zero_output(key):
     x, t, cond = shape(2, 8, 8, 1), shape(2), {"label": shape(2, d="int32"), "vector": shape(2, 6)}
     params = nw.initialise(net, key, x, t, cond)
     y = jax.jit(nw.from_linen(net))(
-        params, np.ones(x.shape, np.float32), np.ones(2, np.float32), nw.adapters.zeros(cond)
+        params, np.ones(x.shape, np.float32), np.ones(2, np.float32), nw.functional.zeros(cond)
     )
     np.testing.assert_array_equal(y, 0)
 

@@ -30,7 +30,7 @@ class FromLinen:
                     "taps cannot be read where every item has a dropout key of its own; give one key for the batch, or "
                     "no dropout: denoiser(..., dropout=False)"
                 )
-            return _per_item(lambda *args: self(params, *args), x, t, cond, key)
+            return per_item(lambda *args: self(params, *args), x, t, cond, key)
         options = {"train": key is not None} if _takes(self.module, "train") else {}
         rngs = {} if key is None else {"dropout": key}
         return self.module.apply({"params": params}, x, t, cond, **options, rngs=rngs, mutable=mutable)
@@ -110,7 +110,7 @@ def _takes(module: Any, name: str) -> bool:
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
 
 
-def _per_item(f: Callable[..., Any], x: Any, t: Any, cond: Any, key: Any) -> Any:
+def per_item(f: Callable[..., Any], x: Any, t: Any, cond: Any, key: Any) -> Any:
     """`f` item by item, each with its own key, so that dropout does not depend on how a batch is cut up."""
     t = jnp.asarray(t)
     one = lambda tree: jax.tree.map(lambda a: jnp.asarray(a)[None], tree)
@@ -161,7 +161,7 @@ class FromNNX:
     def __call__(self, params: Any, x: Any, t: Any, cond: Any = None, key: Any = None) -> Any:
         """The network's output; it trains (dropout, batch statistics) if and only if a `key` is given: one, or one per item."""
         if key is not None and jnp.ndim(key) == 1:
-            return _per_item(lambda *args: self(params, *args), x, t, cond, key)
+            return per_item(lambda *args: self(params, *args), x, t, cond, key)
         out, changed = self._call(params, self.state, x, t, cond, key)[::2]
         if changed:
             raise ValueError(

@@ -1,0 +1,33 @@
+"""Adapters: small trees of parameters beside a frozen network, several at once, each with a weight.
+
+`fn = adapt(from_linen(net), edge=..., style=lora(4))`, `params = fn.init(key, base, x, t, cond)`; then `fn(params, x, t,
+cond)` is the changed network. A fresh adapter changes nothing, to the bit.
+"""
+
+from __future__ import annotations
+
+from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
+from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
+from diffjax.adapters.lora import LoRA, lora
+from diffjax.types import Card
+
+__all__ = [
+    "CATALOGUE",
+    "Adapted",
+    "Adapter",
+    "Change",
+    "LoRA",
+    "Site",
+    "adapt",
+    "added",
+    "fingerprint",
+    "load_adapter",
+    "lora",
+    "save_adapter",
+    "strength",
+]
+
+# name -> card; `build(**fields)` makes the adapter, and a file names it so
+CATALOGUE: dict[str, Card] = {
+    "lora": Card(lora, "arXiv:2106.09685#Eq. 3", "W + w (alpha / r) A B"),
+}

@@ -1,0 +1,236 @@
+"""Adapters: parameters beside a frozen network that change what it computes, without a change of the network.
+
+An adapter is a hashable value with two functions, `init` and `change`. What it does to a network is said by a `Change`:
+what is added to its parameters, what is written to its taps, what is wrapped around its modules, and what it reads in the
+place of its inputs. Changes of several adapters are put together, so that those that add commute.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.networks.functional import per_item
+from diffjax.networks.taps import per_layer, tapped
+from diffjax.numerics import PyTree
+
+
+class Site(NamedTuple):
+    """Where an adapter works: a call of the network, as its caller made it."""
+
+    net: Callable[..., Any]  # the network without adapters: (params, x, t, cond, key, mutable=)
+    base: PyTree  # its parameters
+    x: Any  # [B, ...]
+    t: Any  # [] or [B]
+    cond: Any  # of the network
+    own: Any  # of the adapter: what stands in the condition under its name, or None
+    key: Any = None  # of dropout, or None
+
+    def read(self, *names: str, base: PyTree | None = None, **changes: Any) -> dict[str, Any]:
+        """The values of taps in the network, with other parameters, or with `write` and `around` of `tapped`."""
+        x, t, cond = (changes.pop(name, getattr(self, name)) for name in ("x", "t", "cond"))
+        f = tapped(self.net, read=names, **changes)
+        return f(self.base if base is None else base, x, t, cond, self.key)[1]
+
+    def shapes(self, *names: str) -> dict[str, Any]:
+        """Shapes and dtypes of taps, without computing anything."""
+        return jax.eval_shape(lambda: self.read(*names))
+
+
+class Change(NamedTuple):
+    """What adapters do to one call of a network."""
+
+    add: Mapping[str, Any] = {}  # path of a parameter -> what is added to it
+    write: Mapping[str, Any] = {}  # tap -> f(value), see `tapped`
+    around: Mapping[str, Any] = {}  # module or method -> f(call, *args), see `tapped`
+    inputs: Callable[[Any, Any, Any], tuple[Any, Any, Any]] | None = None  # (x, t, cond) -> (x, t, cond)
+    output: Callable[[Any], Any] | None = None  # of the network's output
+
+
+class Adapter(Protocol):
+    """A hashable value (a frozen dataclass) whose fields are numbers, strings and tuples of these, so that a file holds it."""
+
+    def init(self, key: Any, site: Site) -> PyTree:
+        """Fresh parameters in nested dicts, with which `change` changes nothing; of `site` its shapes matter alone."""
+
+    def change(self, params: PyTree, site: Site, weight: Any) -> Change:
+        """What it does with these parameters.   weight: float scalar array or None for one; zero changes nothing"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Adapted:
+    """What `adapt` returns: `fn(params, x, t, cond, key)`; equal by value to its equals."""
+
+    net: Any
+    adapters: tuple[tuple[str, Any], ...]
+
+    def __call__(self, params: Any, x: Any, t: Any, cond: Any = None, key: Any = None, *, mutable: Any = False) -> Any:
+        """The output of the changed network."""
+        if key is not None and jnp.ndim(key) == 1:  # dropout: one key per item
+            return per_item(lambda *args: self(params, *args), x, t, cond, key)
+        base, cond, changes = params["base"], *self._changes(params, x, t, cond, key)
+        for change in changes:
+            base = added(base, change.add)
+        for change in changes:
+            if change.inputs is not None:
+                x, t, cond = change.inputs(x, t, cond)
+        write, around = _together(changes, "write", _after), _together(changes, "around", _outside)
+        net = tapped(self.net, write=write, around=around) if write or around else self.net
+        out = net(base, x, t, cond, key, mutable=mutable) if mutable else net(base, x, t, cond, key)
+        for change in changes:
+            if change.output is not None:
+                out = (change.output(out[0]), *out[1:]) if mutable else change.output(out)
+        return out
+
+    def init(self, key: Any, base: Any, x: Any, t: Any, cond: Any = None) -> dict[str, Any]:
+        """`{"base": base, "adapters": {name: fresh parameters}}`.   cond: with what each adapter reads under its name
+
+        Jit it for many adapters. Raises: ValueError: what an adapter refuses.
+        """
+        rest, own = self._parted(cond)
+        sites = {name: Site(self.net, base, x, t, rest, own[name]) for name, _ in self.adapters}
+        keys = jax.random.split(key, max(1, len(self.adapters)))
+        fresh = {name: a.init(k, sites[name]) for (name, a), k in zip(self.adapters, keys, strict=False)}
+        return {"base": base, "adapters": fresh}
+
+    def merge(self, params: Any) -> PyTree:
+        """The network's parameters with all adapters merged that only add to them, such as LoRA.
+
+        Raises: ValueError: an adapter that does more.
+        """
+        base = params["base"]
+        for name, adapter in self.adapters:
+            site = Site(self.net, params["base"], None, None, None, None)
+            delta = getattr(adapter, "delta", None)
+            if delta is None:
+                raise ValueError(
+                    f"the adapter {name!r} ({type(adapter).__name__}) cannot be merged: it does more than add to parameters. "
+                    "Keep it beside the network, or leave it out of adapt(...)"
+                )
+            base = added(base, delta(params["adapters"][name], site, params.get("weights", {}).get(name)))
+        return base
+
+    def _changes(self, params: Any, x: Any, t: Any, cond: Any, key: Any) -> tuple[Any, list[Change]]:
+        missing = sorted({name for name, _ in self.adapters} - set(params.get("adapters", {})))
+        if "base" not in params or missing:
+            raise ValueError(
+                f"params must be {{'base': ..., 'adapters': {{name: ...}}}}, as adapt(...).init makes them; got {sorted(params)}"
+                + (f", without the adapters {missing}" if missing else "")
+            )
+        rest, own = self._parted(cond)
+        weights = params.get("weights", {})
+        site = Site(self.net, params["base"], x, t, rest, None, key)
+        changes = []
+        for name, adapter in self.adapters:
+            weight = weights.get(name)
+            if weight is not None and jnp.ndim(weight):
+                raise ValueError(f"weights[{name!r}] must be one number; got shape {jnp.shape(weight)}")
+            changes.append(adapter.change(params["adapters"][name], site._replace(own=own[name]), weight))
+        return rest, changes
+
+    def _parted(self, cond: Any) -> tuple[Any, dict[str, Any]]:
+        """The condition of the network, and that of each adapter."""
+        names = [name for name, _ in self.adapters]
+        if not isinstance(cond, dict):
+            return cond, dict.fromkeys(names)
+        rest = {name: value for name, value in cond.items() if name not in names}
+        return rest or None, {name: cond.get(name) for name in names}
+
+
+def adapt(net: Callable[..., Any], **adapters: Any) -> Adapted:
+    """A network with adapters beside it.   fn({"base", "adapters", "weights"}, x, t, cond, key)
+
+    `params["adapters"][name]` are those of an adapter, `params["weights"][name]` (default one, may be left out) is how
+    strongly it works, without compiling again. What an adapter needs to be told stands in the condition under its name:
+    `cond = {"label": label, "edge": picture}` for `adapt(net, edge=...)`. To train adapters alone give `make_train_step` and
+    `init_state` `trainable="^adapters/"`.
+
+    Args: net: a `from_linen` function.   adapters: name -> adapter; a name must not be a kind of condition.
+    Returns: a function with `.init(key, base, x, t, cond)` and `.merge(params)`; it may be tapped, as the network.
+    Raises: ValueError: a jitted or adapted net; a name that conditions have.
+
+    Example:
+        >>> from diffjax.networks import MLP, from_linen, random_parameters
+        >>> from diffjax.adapters import lora
+        >>> net, x, t = from_linen(MLP(width=8)), jnp.ones((2, 3)), jnp.zeros(2)
+        >>> fn = adapt(net, style=lora(rank=2))
+        >>> params = fn.init(jax.random.key(0), random_parameters(net.module, x, t), x, t)
+        >>> bool((fn(params, x, t) == net(params["base"], x, t)).all())
+        True
+    """
+    from diffjax.networks.conditions import FIELDS
+
+    if isinstance(net, (jax.stages.Wrapped, Adapted)) or not callable(net):
+        got = "a jitted function" if isinstance(net, jax.stages.Wrapped) else type(net).__name__
+        raise ValueError(
+            f"adapt needs a raw function of a network such as from_linen(module); got {got}. Jit the result"
+        )
+    taken = sorted({*FIELDS, "mask", "present", "pairs"} & set(adapters))
+    if taken:
+        raise ValueError(f"adapters cannot be named {taken}: these are kinds of the network's own condition")
+    for name, adapter in adapters.items():
+        if not all(callable(getattr(adapter, method, None)) for method in ("init", "change")):
+            raise ValueError(f"{name} must be an adapter such as lora(rank=4); got {adapter!r}")
+    return Adapted(net, tuple(adapters.items()))
+
+
+def added(params: PyTree, deltas: Mapping[str, Any]) -> PyTree:
+    """`params` with `deltas` added to the arrays of these paths, in the dtypes that they had.
+
+    Raises: ValueError: a path that is not there.
+
+    Example:
+        >>> added({"out": {"kernel": jnp.ones(2)}}, {"out/kernel": jnp.ones(2)})["out"]["kernel"].tolist()
+        [2.0, 2.0]
+    """
+    if not deltas:
+        return params
+    left = dict(deltas)
+
+    def leaf(path: Any, a: Any) -> Any:
+        delta = left.pop(jax.tree_util.keystr(path, simple=True, separator="/"), None)
+        return a if delta is None else (a + delta.astype(a.dtype))
+
+    params = jax.tree_util.tree_map_with_path(leaf, params)
+    if left:
+        raise ValueError(f"the network has no parameters {sorted(left)}: the adapter was made for another one")
+    return params
+
+
+def strength(value: Any, weight: Any) -> Any:
+    """`weight * value`, and `value` itself without a weight."""
+    return value if weight is None else jnp.asarray(weight, value.dtype) * value
+
+
+def _together(changes: list[Change], field: str, join: Callable[[Any, Any], Any]) -> dict[str, Any]:
+    """The functions of all changes by name, several of one name after each other."""
+    found: dict[str, Any] = {}
+    for change in changes:
+        for name, f in getattr(change, field).items():
+            found[name] = join(found[name], f) if name in found else f
+    return found
+
+
+def _after(f: Any, g: Any) -> Any:
+    """g after f, as writers of one tap."""
+    if isinstance(f, per_layer) or isinstance(g, per_layer):
+        a, b = _layered(f), _layered(g)
+        return per_layer(lambda value, layer: b(a(value, layer), layer))
+    return lambda value: g(f(value))
+
+
+def _layered(f: Any) -> Callable[[Any, Any], Any]:
+    return f.f if isinstance(f, per_layer) else lambda value, layer: f(value)
+
+
+def _outside(f: Any, g: Any) -> Any:
+    """g around f around a module."""
+    if isinstance(f, per_layer) or isinstance(g, per_layer):
+        a, b = (h.f if isinstance(h, per_layer) else lambda layer, *args, h=h, **kw: h(*args, **kw) for h in (f, g))
+        inner = lambda layer, call: lambda *args, **kw: a(layer, call, *args, **kw)
+        return per_layer(lambda layer, call, *args, **kw: b(layer, inner(layer, call), *args, **kw))
+    return lambda call, *args, **kw: g(lambda *a, **k: f(call, *a, **k), *args, **kw)

@@ -1,0 +1,73 @@
+"""One case for each line of the catalogue of adapters: the contract runs over them."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from diffjax import adapters, networks
+
+
+class Case(NamedTuple):
+    adapter: Any
+    net: str  # of NETS
+    own: Any = None  # what the adapter reads, with batch axis
+
+
+NETS = {
+    "mlp": (networks.MLP(width=8), (3, 2), None),
+    "unet": (
+        networks.UNet(widths=(8, 12), blocks=1, attention=(1,), head_size=6, num_classes=3),
+        (3, 4, 4, 1),
+        "label",
+    ),
+    "dit": (networks.DiT(width=8, depth=2, heads=2, num_classes=3), (3, 4, 4, 1), "label"),
+    "scanned": (networks.DiT(width=8, depth=2, heads=2, num_classes=3, scan_layers=True), (3, 4, 4, 1), "label"),
+    "text": (
+        networks.UNet(widths=(8, 12), blocks=1, attention=(1,), head_size=6, token_size=5),
+        (3, 4, 4, 1),
+        "tokens",
+    ),
+}
+
+CASES = {
+    "lora": Case(adapters.lora(2), "unet"),
+    "lora, transformer": Case(adapters.lora(2, targets="attention/qkv/kernel$"), "dit"),
+    "lora, scanned": Case(adapters.lora(2), "scanned"),
+}
+
+
+@functools.cache
+def network(name):
+    """`(fn, base, x, t, cond)` with random parameters."""
+    net, shape, kind = NETS[name]
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(np.float32)
+    t = np.linspace(0.2, 0.8, len(x), dtype=np.float32)
+    cond = {
+        None: None,
+        "label": {"label": np.arange(len(x), dtype=np.int32)},
+        "tokens": {"tokens": rng.normal(size=(len(x), 4, 5)).astype(np.float32)},
+    }[kind]
+    return networks.from_linen(net), networks.random_parameters(net, x, t, cond), x, t, cond
+
+
+@functools.cache
+def made(name):
+    """`(fn, params, x, t, cond)` of a case with a fresh adapter named `it`."""
+    case = CASES[name]
+    net, base, x, t, cond = network(case.net)
+    fn = adapters.adapt(net, it=case.adapter)
+    if case.own is not None:
+        cond = {**(cond or {}), "it": case.own}
+    params = jax.jit(fn.init)(jax.random.key(0), base, x, t, cond)
+    return fn, params, x, t, cond
+
+
+def moved(params, scale=0.3):
+    """The adapter's parameters moved away from their start."""
+    leaves, tree = jax.tree.flatten(params["adapters"])
+    rng = np.random.default_rng(1)
+    leaves = [np.asarray(a) + scale * rng.normal(size=a.shape).astype(a.dtype) for a in leaves]
+    return {**params, "adapters": jax.tree.unflatten(tree, leaves)}
