@@ -19,7 +19,7 @@ from scipy.fft import dctn
 import diffjax
 from diffjax import data, latent, losses, metrics, networks, processes, solvers, times
 from diffjax.networks import cell_centres
-from experiments.latent.loop import trainer
+from experiments.loop import trainer
 from experiments.recipe import Recipe, at_least, at_most
 from experiments.scale.isolation import Net, init
 

@@ -19,7 +19,7 @@ from sklearn.mixture import GaussianMixture
 
 import diffjax
 from diffjax import data, losses, metrics, networks, processes, solvers, times
-from experiments.latent.loop import trainer
+from experiments.loop import trainer
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(

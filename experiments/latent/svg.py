@@ -14,7 +14,7 @@ from sklearn.linear_model import LogisticRegression
 
 import diffjax
 from diffjax import data, latent, losses, metrics, networks, processes, solvers, times
-from experiments.latent.loop import trainer
+from experiments.loop import trainer
 from experiments.recipe import Recipe, at_least
 from experiments.scale.isolation import Net, init
 

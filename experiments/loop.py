@@ -1,4 +1,4 @@
-"""What the recipes of this family share: a training loop over arrays that fit on the device."""
+"""What recipes share: a training loop over arrays that fit on the device."""
 
 import jax
 import jax.numpy as jnp
@@ -6,16 +6,18 @@ import jax.numpy as jnp
 from diffjax import training
 
 
-def trainer(model, loss, steps, *, batch=64, rate=2e-3, decay=0.995, marks=1, condition=training.condition):
+def trainer(
+    model, loss, steps, *, batch=64, rate=2e-3, decay=0.995, marks=1, condition=training.condition, trainable=None
+):
     """A compiled `(params, arrays, seed=0) -> averaged parameters` after `steps` batches drawn with replacement.
 
     model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}.   marks: stops, equally far from
-    each other, at which the average is kept; with more than one, the leaves of the result are [marks, ...].   condition:
-    see `make_train_step`.
+    each other, at which the average is kept; with more than one, the leaves of the result are [marks, ...].   condition,
+    trainable: see `make_train_step`; what is not trained comes back as it was.
     """
     optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1)), clip=1.0)
     emas = {"mean": training.ema.decay(decay if steps > 500 else 0.9)}
-    step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition)
+    step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition, trainable=trainable)
 
     @jax.jit
     def run(state, arrays):
@@ -25,12 +27,15 @@ def trainer(model, loss, steps, *, batch=64, rate=2e-3, decay=0.995, marks=1, co
 
         def stretch(state, _):
             state = jax.lax.scan(update, state, length=steps // marks)[0]
-            return state, state.ema["mean"]
+            return state, state.averaged("mean")
 
         return jax.lax.scan(stretch, state, length=marks)[1]
 
     def start(params, arrays, seed=0):
-        kept = run(training.init_state(params, optimizer, seed, emas=emas), jax.tree.map(jnp.asarray, arrays))
+        kept = run(
+            training.init_state(params, optimizer, seed, emas=emas, trainable=trainable),
+            jax.tree.map(jnp.asarray, arrays),
+        )
         return kept if marks > 1 else jax.tree.map(lambda a: a[0], kept)
 
     return start

@@ -1,0 +1,112 @@
+"""Frozen networks that the recipes of this family adapt, each trained once: `python -m experiments.control.bases [NAME...]`.
+
+They are flows on the 8 x 8 digits, or on 16 x 16 crops of photographs, and lie beside this file (`bases/NAME.safetensors`), so
+that a recipe trains what it is about, and nothing else. The conditions: `unet`, `dit` a label (10: none); `text` a caption
+of three tokens, see `caption`; `photo` none.
+"""
+
+import pathlib
+import sys
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import diffjax
+from diffjax import data, losses, metrics, networks, processes, training
+from experiments.loop import trainer
+
+PROCESS = processes.rectified()
+FOLDER = pathlib.Path(__file__).parent / "bases"
+WORDS = ("nothing", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "a", "digit", "of")
+TOKENS = 16  # size of a token
+NETS = {  # network, steps, learning rate
+    "unet": (networks.UNet(widths=(32, 64), blocks=1, attention=(1,), num_classes=10), 4000, 2e-3),
+    "dit": (networks.DiT(width=64, depth=4, heads=4, patch=2, num_classes=10), 6000, 1e-3),
+    "text": (networks.UNet(widths=(32, 64), blocks=1, attention=(1,), token_size=TOKENS), 4000, 2e-3),
+    "photo": (networks.UNet(widths=(32, 64), blocks=1, attention=(1,)), 3000, 2e-3),
+}
+
+
+class Base(NamedTuple):
+    """A frozen network."""
+
+    fn: Any  # (params, x, t, cond, key)
+    params: Any
+
+    def denoiser(self, params: Any = None, fn: Any = None, null: Any = None) -> diffjax.Denoiser:
+        """Of the base, or of what `adapt(base.fn, ...)` made of it with its parameters."""
+        params = self.params if params is None else params
+        return diffjax.denoiser(fn or self.fn, PROCESS, diffjax.from_velocity, params, null=null)
+
+
+def word(name):
+    """The token of a word: fixed, random, of norm one a number."""
+    table = np.random.default_rng(0).normal(size=(len(WORDS), TOKENS)).astype(np.float32)
+    return table[WORDS.index(name)]
+
+
+def caption(label):
+    """`a digit SEVEN` as tokens.   [B] in 0..10 -> {"tokens": [B, 3, 16]}; 10 is no digit: three tokens `nothing`"""
+    digits = np.stack([word(WORDS[1 + i]) for i in range(10)] + [word("nothing")])
+    label = jnp.asarray(label)
+    fixed = jnp.where((label < 10)[:, None, None], np.stack([word("a"), word("digit")])[None], word("nothing"))
+    return {"tokens": jnp.concatenate([fixed, jnp.asarray(digits)[label][:, None]], axis=1)}
+
+
+def digits(split):
+    """`{"x": [N, 8, 8, 1] in [-1, 1], "label": [N]}` of a split: train, test, classifier."""
+    return {k: jnp.asarray(v) for k, v in data.load("digits").read(split).items() if k != "index"}
+
+
+def photos(split, size=6000):
+    """`{"x": [N, 16, 16, 3] in [-1, 1]}` of a split."""
+    return {"x": jnp.asarray(data.load("photos", image_size=16, size=size).read(split)["x"])}
+
+
+def load(name, preset="full"):
+    """The base of a name: trained, or with random parameters for the preset `tiny`."""
+    net = NETS[name][0]
+    x = jnp.zeros((1, 16, 16, 3) if name == "photo" else (1, 8, 8, 1))
+    label = jnp.zeros(1, jnp.int32)
+    cond = {"photo": None, "text": caption(label)}.get(name, {"label": label})
+    if preset == "tiny":
+        return Base(networks.from_linen(net), networks.random_parameters(net, x, jnp.zeros(1), cond))
+    shapes = jax.eval_shape(networks.from_linen(net).init, jax.random.key(0), x, jnp.zeros(1), cond)
+    found = training.load_safetensors(FOLDER / f"{name}.safetensors", shapes)
+    return Base(networks.from_linen(net), jax.tree.map(jnp.asarray, found.params))
+
+
+def judge(full=True):
+    """A classifier of digits, trained on a split that no recipe trains on."""
+    seen = data.load("digits").read("classifier")
+    return metrics.classifier(seen["x"], seen["label"], steps=800 if full else 3, width=16 if full else 4)
+
+
+def train(name):
+    """Train the base of a name and write it."""
+    net, steps, rate = NETS[name]
+    arrays = photos("train") if name == "photo" else digits("train")
+    loss = losses.flow_matching(label_drop=0.0 if name == "photo" else 0.1)
+    null = {"photo": None, "text": jax.tree.map(lambda a: a[0], caption(jnp.array([10])))}.get(
+        name, {"label": np.int32(10)}
+    )
+    if name == "text":
+        arrays = {"x": arrays["x"], **caption(arrays["label"])}
+    condition = lambda batch: {k: v for k, v in batch.items() if k != "x"} or None
+    fn = networks.from_linen(net)
+    model = lambda params: diffjax.denoiser(fn, PROCESS, diffjax.from_velocity, params, null=null)
+    one = {k: v[:1] for k, v in arrays.items()}
+    start = fn.init(jax.random.key(0), one["x"], jnp.zeros(1), condition(one))
+    run = trainer(model, loss, steps, batch=128, rate=rate, decay=0.999, condition=condition)
+    begin = time.perf_counter()
+    params = jax.block_until_ready(run(start, arrays))
+    print(name, training.state.count_params(params), "parameters", round(time.perf_counter() - begin), "s")
+    training.export_safetensors(params, FOLDER / f"{name}.safetensors", {"steps": str(steps)})
+
+
+if __name__ == "__main__":
+    for chosen in sys.argv[1:] or NETS:
+        train(chosen)
