@@ -23,10 +23,10 @@ FOLDER = pathlib.Path(__file__).parent / "bases"
 WORDS = ("nothing", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "a", "digit", "of")
 TOKENS = 16  # size of a token
 NETS = {  # network, steps, learning rate
-    "unet": (networks.UNet(widths=(32, 64), blocks=1, attention=(1,), num_classes=10), 4000, 2e-3),
-    "dit": (networks.DiT(width=64, depth=4, heads=4, patch=2, num_classes=10), 6000, 1e-3),
-    "text": (networks.UNet(widths=(32, 64), blocks=1, attention=(1,), token_size=TOKENS), 4000, 2e-3),
-    "photo": (networks.UNet(widths=(32, 64), blocks=1, attention=(1,)), 3000, 2e-3),
+    "unet": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,), num_classes=10), 5000, 2e-3),
+    "dit": (networks.DiT(width=64, depth=4, heads=4, patch=2, num_classes=10), 5000, 1e-3),
+    "text": (networks.UNet(widths=(16, 32), blocks=1, attention=(0, 1), token_size=TOKENS), 5000, 2e-3),
+    "photo": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,)), 4000, 2e-3),
 }
 
 
@@ -100,7 +100,7 @@ def train(name):
     model = lambda params: diffjax.denoiser(fn, PROCESS, diffjax.from_velocity, params, null=null)
     one = {k: v[:1] for k, v in arrays.items()}
     start = fn.init(jax.random.key(0), one["x"], jnp.zeros(1), condition(one))
-    run = trainer(model, loss, steps, batch=128, rate=rate, decay=0.999, condition=condition)
+    run = trainer(model, loss, steps, batch=64, rate=rate, decay=0.999, condition=condition)
     begin = time.perf_counter()
     params = jax.block_until_ready(run(start, arrays))
     print(name, training.state.count_params(params), "parameters", round(time.perf_counter() - begin), "s")
