@@ -26,7 +26,7 @@ NETS = {  # network, steps, learning rate
     "unet": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,), num_classes=10), 5000, 2e-3),
     "dit": (networks.DiT(width=64, depth=4, heads=4, patch=2, num_classes=10), 5000, 1e-3),
     "text": (networks.UNet(widths=(16, 32), blocks=1, attention=(0, 1), token_size=TOKENS), 5000, 2e-3),
-    "photo": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,)), 4000, 2e-3),
+    "photo": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,)), 2000, 2e-3),
 }
 
 
