@@ -37,20 +37,8 @@ ALLOWED = {
     "latent": MIDDLE | {"networks", "data", "training"},
     "references": BASE,
     "cli": MIDDLE
-    | {
-        "losses",
-        "solvers",
-        "guidance",
-        "metrics",
-        "data",
-        "networks",
-        "sampling",
-        "training",
-        "latent",
-        "adapters",
-        "interop",
-        "references",
-    },
+    | {"losses", "solvers", "guidance", "metrics", "data", "networks", "sampling", "training", "latent", "references"}
+    | {"adapters", "interop"},
     "__main__": {"cli"},
 }
 

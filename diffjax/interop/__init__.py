@@ -1,0 +1,31 @@
+"""Weights of other libraries: local folders with a configuration and safetensors, read into networks here and written back.
+
+`load_pretrained(folder)` and `save_pretrained(folder, pretrained)` know the classes of `CLASSES`. Files of other formats are
+read by `open_tensors` and a table of `Rule`s. Nothing is downloaded, and no pickle is opened.
+"""
+
+from __future__ import annotations
+
+from diffjax.interop.classes import CLASSES
+from diffjax.interop.peer import Peer
+from diffjax.interop.pretrained import Pretrained, as_pretrained, load_pretrained, save_pretrained
+from diffjax.interop.rules import Kind, Rule, compare, load, save
+from diffjax.interop.tensors import Tensors, open_tensors, write, write_folder
+
+__all__ = [
+    "CLASSES",
+    "Kind",
+    "Peer",
+    "Pretrained",
+    "Rule",
+    "Tensors",
+    "as_pretrained",
+    "compare",
+    "load",
+    "load_pretrained",
+    "open_tensors",
+    "save",
+    "save_pretrained",
+    "write",
+    "write_folder",
+]

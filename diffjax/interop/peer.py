@@ -1,0 +1,38 @@
+"""What a file of this package says of one class of another library."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+from diffjax.interop.rules import Rule
+from diffjax.networks import from_linen
+
+Config = Mapping[str, Any]
+
+
+def plain(module: Any, config: Config) -> Any:
+    """The module as a function, without other conventions."""
+    return from_linen(module)
+
+
+class Peer(NamedTuple):
+    """A class of another library as networks of ours.
+
+    `network(config)`: our module; every field is read, and what has no counterpart is a ValueError (see `options`).
+    `config(module)`: the fields of their configuration, without those that the module does not decide.
+    `rules(module)`: how parameters become tensors.
+    `example(module, config)`: arguments of `module.init` after the key, `ShapeDtypeStruct`s.
+    `fn(module, config)`: the function `fn(params, x, t, cond)`, with their conventions of time and condition.
+    `latent(module, config)`: of an autoencoder, shift and scale of `latent.LatentSpace`, each [c].
+    `ignored`: patterns of tensors that may be there and are not read.   `renames`: patterns of older names, with new ones.
+    """
+
+    network: Callable[[Config], Any]
+    config: Callable[[Any], dict[str, Any]]
+    rules: Callable[[Any], list[Rule]]
+    example: Callable[[Any, Config], tuple]
+    fn: Callable[[Any, Config], Any] = plain
+    latent: Callable[[Any, Config], tuple[Any, Any]] | None = None
+    ignored: tuple[str, ...] = ()
+    renames: tuple[tuple[str, str], ...] = ()

@@ -1,0 +1,272 @@
+"""Folders with weights of other libraries: a configuration, tensors and what they say of licence and origin."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from diffjax.interop import rules, tensors
+from diffjax.interop.classes import CLASSES
+from diffjax.interop.peer import Peer
+from diffjax.latent import LatentSpace
+from diffjax.networks import parameter_count
+from diffjax.numerics import PyTree
+from diffjax.training import CheckpointError
+
+CONFIG = "config.json"
+SCHEDULER = "scheduler_config.json"
+DOCUMENTS = re.compile(r"(licen[cs]e|copying|notice|readme|model_?card|use_?policy)[^/]*", re.IGNORECASE)
+TEXT = 1_000_000  # bytes of a document at most
+UNKNOWN = "not stated"
+
+
+@dataclasses.dataclass(frozen=True)
+class Pretrained:
+    """A network of another library with its weights, its configuration, its licence and its origin.
+
+    `kind` is the name of its class there, `config` the configuration as found, `scheduler` that of its scheduler or None,
+    `documents` the texts found beside the weights (licence, model card), by file name.
+    """
+
+    kind: str
+    module: Any
+    params: PyTree
+    config: dict[str, Any]
+    scheduler: dict[str, Any] | None = None
+    documents: Mapping[str, str] = dataclasses.field(default_factory=dict)
+
+    @property
+    def fn(self) -> Any:
+        """The network with their conventions of time and condition: `fn(params, x, t, cond)`; of an autoencoder `fn(params)`."""
+        return CLASSES[self.kind].fn(self.module, self.config)
+
+    @property
+    def licence(self) -> str:
+        """The licence that the documents name."""
+        return licence_of(self.documents)
+
+    @property
+    def origin(self) -> str:
+        """Where the weights are from, as far as they say."""
+        return origin_of(self.config, self.documents)
+
+    def latent_space(self) -> LatentSpace:
+        """The latent space of an autoencoder, in which their diffusion models work.   z = (E(x) - shift_factor) scaling_factor
+
+        Raises: ValueError: it is no autoencoder.
+        """
+        scale_of = CLASSES[self.kind].latent
+        if scale_of is None:
+            raise ValueError(f"{self.kind} is no autoencoder, so that it has no latent space")
+        shift, scale = scale_of(self.module, self.config)
+        return LatentSpace(self.fn(self.params), shift, scale)
+
+    def __repr__(self) -> str:
+        return (
+            f"Pretrained({self.kind}, {parameter_count(self.params):,} parameters, licence: {self.licence}, "
+            f"origin: {self.origin})"
+        )
+
+
+def as_pretrained(kind: str, module: Any, params: PyTree, **fields: Any) -> Pretrained:
+    """A network of ours as one of another library, to be written by `save_pretrained`.
+
+    Args: kind: name of the class there.   fields: of its configuration that the module does not decide.
+    Raises: ValueError: no such class, or a module that it cannot express.
+    """
+    config = {"_class_name": kind, **peer_of(kind).config(module), **fields}
+    made = Pretrained(kind, module, params, config)
+    _check(made)
+    return made
+
+
+def load_pretrained(folder: Any, dtype: Any = None, *, weights: Any = None) -> Pretrained:
+    """A network from a local folder with `config.json` and safetensors. Nothing is downloaded, nothing is executed.
+
+    Args:
+        folder: the folder; of a pipeline, that of one of its networks.
+        dtype: of the parameters, such as `jnp.float32`; default as in the file.
+        weights: a file in the folder, or a list of shards, if there are several variants.
+
+    Raises:
+        CheckpointError: nothing there, a pickle, damaged files, tensors that do not fit; nothing is half loaded.
+        ValueError: a class or an option that has no counterpart here.
+
+    Example:
+        >>> import numpy as np
+        >>> from diffjax import networks
+        >>> net = networks.KLAutoencoder(widths=(8, 8), blocks=1, groups=4)
+        >>> params = networks.autoencoder(net).init(jax.random.key(0), np.zeros((1, 4, 4, 3), np.float32))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_pretrained(f"{folder}/vae", as_pretrained("AutoencoderKL", net, params))
+        ...     load_pretrained(f"{folder}/vae")
+        Pretrained(AutoencoderKL, 15,223 parameters, licence: not stated, origin: not stated)
+    """
+    folder = pathlib.Path(folder)
+    config = read_config(folder)
+    peer = peer_of(config["_class_name"])
+    module = peer.network(config)
+    found = tensors.open_tensors(_weights(folder, weights))
+    template = template_of(peer, module, config)
+    options = dict(ignored=peer.ignored, renames=peer.renames)
+    params = rules.load(peer.rules(module), found, template, dtype=dtype, **options)
+    return Pretrained(config["_class_name"], module, params, config, read_scheduler(folder), read_documents(folder))
+
+
+def save_pretrained(folder: Any, model: Pretrained, *, shard: int = tensors.SHARD) -> None:
+    """Write a network as `config.json` and safetensors, as the other library reads them, with its licence and model card.
+
+    Args: folder: a new one, which appears when it is complete.   shard: bytes of a file at most.
+    Raises: ValueError: the folder is not empty, or the configuration is not that of the module.   OSError: it could not be
+    written; then there is none.
+    """
+    folder = pathlib.Path(folder)
+    _check(model)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} is there already; give a new folder, so that no file of another model stays in it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        new.chmod(0o755)
+        tensors.write_folder(
+            new, rules.save(CLASSES[model.kind].rules(model.module), model.params), {"format": "pt"}, shard=shard
+        )
+        _write_json(new / CONFIG, {**model.config, "_class_name": model.kind})
+        if model.scheduler is not None:
+            _write_json(new / SCHEDULER, model.scheduler)
+        for name, text in model.documents.items():
+            (new / name).write_text(text)
+        os.replace(new, folder)
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+
+
+def _write_json(path: pathlib.Path, page: Any) -> None:
+    path.write_text(json.dumps(page, indent=2, sort_keys=True) + "\n")
+
+
+def _check(model: Pretrained) -> None:
+    """The configuration must be that of the module: other numbers would be computed there."""
+    wanted = peer_of(model.kind).network(model.config)
+    if peer_of(model.kind).config(wanted) != peer_of(model.kind).config(model.module):
+        raise ValueError(f"the configuration makes {wanted}, not the module {model.module}")
+
+
+# ---------------------------------------------------------------------------------------------- what is in a folder
+
+
+def peer_of(kind: str) -> Peer:
+    """The class of this name.   Raises: ValueError: it has no counterpart here."""
+    if kind not in CLASSES:
+        raise ValueError(f"the class {kind!r} has no counterpart here; there are {', '.join(CLASSES)}")
+    return CLASSES[kind]
+
+
+def template_of(peer: Peer, module: Any, config: Mapping[str, Any]) -> PyTree:
+    """The shapes of the module's parameters; computes nothing."""
+    return jax.eval_shape(module.init, jax.random.key(0), *peer.example(module, config))["params"]
+
+
+def read_config(folder: pathlib.Path) -> dict[str, Any]:
+    """The configuration of a folder.   Raises: CheckpointError: there is none, or it names no class."""
+    if not folder.is_dir():
+        raise CheckpointError(
+            f"there is no folder {folder}. Nothing is downloaded: get the files where you trust them, for example by "
+            f"`hf download {folder} --local-dir FOLDER`, and give that folder"
+        )
+    if not (folder / CONFIG).is_file():
+        parts = sorted(p.parent.name for p in folder.glob(f"*/{CONFIG}"))
+        if parts:
+            raise CheckpointError(f"{folder} is a pipeline; give the folder of one of its networks: {', '.join(parts)}")
+        raise CheckpointError(f"{folder} has no {CONFIG}, which says what network its tensors are of")
+    config = read_json(folder / CONFIG)
+    if not isinstance(config.get("_class_name"), str):
+        raise CheckpointError(
+            f"{folder / CONFIG} has no _class_name; known classes are {', '.join(CLASSES)}. Configurations of transformers "
+            "and of original repositories are others"
+        )
+    return config
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object.   Raises: CheckpointError: it is none."""
+    try:
+        page = json.loads(path.read_text())
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from None
+    if not isinstance(page, dict):
+        raise CheckpointError(f"{path} must hold a JSON object; it holds a {type(page).__name__}")
+    return page
+
+
+def read_scheduler(folder: pathlib.Path) -> dict[str, Any] | None:
+    """The configuration of the scheduler in a folder, or in that of its pipeline; None if there is none."""
+    for path in (folder / SCHEDULER, folder.parent / "scheduler" / SCHEDULER):
+        if path.is_file():
+            return read_json(path)
+    return None
+
+
+def read_documents(folder: pathlib.Path) -> dict[str, str]:
+    """Licence, notice and model card of a folder; those of its pipeline where it has none of the name."""
+    pipeline = [folder.resolve().parent] if (folder.resolve().parent / "model_index.json").is_file() else []
+    found: dict[str, str] = {}
+    for place in (*pipeline, folder):
+        for path in sorted(place.iterdir()):
+            if path.is_file() and DOCUMENTS.fullmatch(path.name) and path.stat().st_size <= TEXT:
+                found[path.name] = path.read_text(errors="replace")
+    return found
+
+
+def _weights(folder: pathlib.Path, weights: Any) -> Any:
+    if weights is None:
+        return folder
+    if isinstance(weights, (str, os.PathLike)):
+        return folder / weights
+    return [folder / name for name in weights]
+
+
+def front_matter(text: str) -> dict[str, str]:
+    r"""The simple entries `name: value` at the head of a model card, between two lines of dashes.
+
+    Example:
+        >>> front_matter("---\nlicense: mit\ntags:\n- image\n---\n# Net")["license"]
+        'mit'
+    """
+    found = re.match(r"\s*---\n(.*?)\n---", text, re.DOTALL)
+    lines = re.findall(r"^(\w+):[ \t]*(\S.*?)\s*$", found[1] if found else "", re.MULTILINE)
+    return {name: value.strip("\"'") for name, value in lines}
+
+
+def licence_of(documents: Mapping[str, str]) -> str:
+    """What the model card names as licence, else the first line of the licence's text."""
+    for text in documents.values():
+        about = front_matter(text)
+        named = [about[k] for k in ("license_name", "license", "license_link") if k in about and about[k] != "other"]
+        if named:
+            return " ".join(named[:1])
+    for name, text in documents.items():
+        if re.match(r"licen[cs]e|copying", name, re.IGNORECASE) and text.strip():
+            return f"{text.strip().splitlines()[0].strip()} ({name})"
+    return UNKNOWN
+
+
+def origin_of(config: Mapping[str, Any], documents: Mapping[str, str]) -> str:
+    """The name under which the configuration says that it was found, else the title of the model card."""
+    if config.get("_name_or_path"):
+        return str(config["_name_or_path"])
+    for text in documents.values():
+        about, title = front_matter(text), re.search(r"^# +(.+)$", text, re.MULTILINE)
+        if "base_model" in about or title:
+            return about.get("base_model") or title[1].strip()
+    return UNKNOWN
