@@ -7,4 +7,5 @@ from diffjax.interop.peer import Peer
 
 CLASSES: dict[str, Peer] = {
     "AutoencoderKL": autoencoders.KL,
+    "VQModel": autoencoders.VQ,
 }

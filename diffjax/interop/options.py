@@ -74,3 +74,29 @@ def name_of(mapping: Mapping[str, Any], value: Any, field: str) -> str:
         if found == value:
             return name
     raise ValueError(f"{field}={value!r} has no name in the other library; it has {', '.join(mapping)}")
+
+
+def only(module: Any, **accepted: tuple) -> None:
+    """Refuse fields of a module that the other library has no counterpart of.
+
+    Args: accepted: the values of each field that it has.
+    Raises: ValueError: another value.
+    """
+    for field, values in accepted.items():
+        value = getattr(module, field)
+        if value not in values:
+            raise ValueError(
+                f"{type(module).__name__}.{field}={value!r} has no counterpart in the other library; accepted is "
+                f"{', '.join(map(repr, dict.fromkeys(values)))}"
+            )
+
+
+def groups_of(groups: int | None, widths: tuple[int, ...]) -> int:
+    """The one number of groups of all norms, see `networks.layers.GroupNorm`.   Raises: ValueError: there are several."""
+    found = {groups or max(g for g in range(1, 33) if c % g == 0 and (g == 1 or c // g >= 4)) for c in widths}
+    if len(found) > 1:
+        raise ValueError(
+            f"the other library has one number of groups for all norms; widths={widths} with groups=None have "
+            f"{sorted(found)}. Train with groups given"
+        )
+    return found.pop()

@@ -20,7 +20,7 @@ from diffjax.interop.peer import Peer
 from diffjax.latent import LatentSpace
 from diffjax.networks import parameter_count
 from diffjax.numerics import PyTree
-from diffjax.training import CheckpointError
+from diffjax.training import CheckpointError, partial
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
@@ -157,9 +157,17 @@ def _write_json(path: pathlib.Path, page: Any) -> None:
 
 def _check(model: Pretrained) -> None:
     """The configuration must be that of the module: other numbers would be computed there."""
-    wanted = peer_of(model.kind).network(model.config)
-    if peer_of(model.kind).config(wanted) != peer_of(model.kind).config(model.module):
+    peer = peer_of(model.kind)
+    wanted = peer.network(model.config)
+    if peer.config(wanted) != peer.config(model.module):
         raise ValueError(f"the configuration makes {wanted}, not the module {model.module}")
+    shapes = dict(partial.named(template_of(peer, wanted, model.config)))
+    for name, a in partial.named(model.params):
+        if name in shapes and shapes[name].shape != a.shape:
+            raise ValueError(
+                f"{name} has shape {list(a.shape)}, in the configuration {list(shapes[name].shape)}; give the fields that "
+                f"decide it (channels, for example), as in as_pretrained({model.kind!r}, module, params, in_channels=1)"
+            )
 
 
 # ---------------------------------------------------------------------------------------------- what is in a folder

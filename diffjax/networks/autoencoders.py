@@ -75,6 +75,7 @@ class KLAutoencoder(nn.Module):
     linear: bool = False  # add linear maps of squares of f x f pixels to the mean of the latent and back, see below
     groups: int | None = None  # of the norms; default: of four channels or more, at most 32
     act: Callable[[Any], Any] = nn.silu
+    act_out: Callable[[Any], Any] | None = None  # before the last convolutions, default `act`
     conv: ConvForm | None = None
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
@@ -107,7 +108,8 @@ class VQAutoencoder(nn.Module):
     """The same with a codebook: places of the latent are one of `codes` vectors.   [B, H, W, C] <-> [B, H / f, W / f] tokens
 
     Methods: `encode(x) -> Posterior`, the point before the codebook, in which a continuous latent model works; `decode(z)`,
-    which quantises first; `quantise(z) -> Quantised`, `decode_tokens(tokens)`; `follow(z, tokens, decay)`, see `Codebook`.
+    which quantises first; `picture(z)`, which does not; `quantise(z) -> Quantised`, `decode_tokens(tokens)`;
+    `follow(z, tokens, decay)`, see `Codebook`.
     Taps and `Raises` are those of `KLAutoencoder`.
 
     Example:
@@ -130,11 +132,13 @@ class VQAutoencoder(nn.Module):
     middle_attention: bool = True
     quant_conv: bool = True
     post_quant_conv: bool = True
+    spatial_norm: bool = False  # the norms of the decoder read the latent, see `coders.SpatialNorm`
     out_channels: int = 3
     patch: int = 1
     linear: bool = False
     groups: int | None = None
     act: Callable[[Any], Any] = nn.silu
+    act_out: Callable[[Any], Any] | None = None  # before the last convolutions, default `act`
     conv: ConvForm | None = None
     remat: str = "none"
     dtype: Any = jnp.float32
@@ -158,11 +162,11 @@ class VQAutoencoder(nn.Module):
 
     def decode(self, z: Any) -> jax.Array:
         """The picture of the codes nearest to z; gradients pass straight through to z."""
-        return self._picture(self.codebook(z).z)
+        return self.picture(self.codebook(z).z)
 
     def decode_tokens(self, tokens: Any) -> jax.Array:
         """The picture of the codes with these numbers [B, h, w]."""
-        return self._picture(self.codebook.lookup(tokens))
+        return self.picture(self.codebook.lookup(tokens))
 
     def follow(self, z: Any, tokens: Any, decay: Any) -> jax.Array:
         """The loss that moves codes which are averages; see `Codebook.follow`."""
@@ -172,15 +176,17 @@ class VQAutoencoder(nn.Module):
         """Encode, quantise and decode."""
         return self.decode(self.encode(x).mean)
 
-    def _picture(self, z: Any) -> jax.Array:
-        return self.decoder(self.post_quant(z)).astype(at_least_float32(z.dtype)) + self.linear_out(z)
+    def picture(self, z: Any) -> jax.Array:
+        """The picture of the latent z as it is, without quantising it."""
+        side = z if self.spatial_norm else None
+        return self.decoder(self.post_quant(z), side).astype(at_least_float32(z.dtype)) + self.linear_out(z)
 
 
 def _coders(net: Any, moments: int) -> tuple[Encoder, Decoder]:
     """Encoder and decoder of an autoencoder whose encoder gives that many numbers for each of the latent."""
     own = dict(
         attention=net.attention, middle_attention=net.middle_attention, groups=net.groups, act=net.act, patch=net.patch,
-        form=net.conv, remat=net.remat, dtype=net.dtype,
+        act_out=net.act_out, form=net.conv, remat=net.remat, dtype=net.dtype,
     )  # fmt: skip
     inner = (net.bottleneck if net.quant_conv else None) or net.latent_channels
     encoder = Encoder(net.widths, net.blocks, moments * inner, **own)

@@ -16,6 +16,32 @@ from diffjax.networks.resample import double
 from diffjax.networks.taps import Tap
 
 
+class SpatialNorm(nn.Module):
+    """Group normalisation, scaled and shifted place by place by a coarser grid.   norm(x) (W z + b) + W' z + b'
+
+    Args: x: [B, H, W, c].   side: z, [B, H / f, W / f, d], repeated f times.
+    Reference: Zheng et al. 2022, arXiv:2209.09002.
+    """
+
+    groups: int | None
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Any, side: Any) -> Any:
+        """Normalise x; the dtype stays."""
+        c = x.shape[-1]
+        side = double(side.astype(self.dtype), (x.shape[1] // side.shape[1], x.shape[2] // side.shape[2]))
+        scale, shift = (Dense(c, dtype=self.dtype, name=name)(side) for name in ("scale", "shift"))
+        return GroupNorm(self.groups, name="norm")(x) * scale.astype(x.dtype) + shift.astype(x.dtype)
+
+
+def normalise(net: Any, name: str, x: Any, side: Any) -> Any:
+    """Group normalisation, or that by a side where there is one."""
+    if side is None:
+        return GroupNorm(net.groups, name=name)(x)
+    return SpatialNorm(net.groups, net.dtype, name=name)(x, side)
+
+
 class Block(nn.Module):
     """A residual block without time.   skip(x) + Conv(act(norm(Conv(act(norm(x))))))"""
 
@@ -26,12 +52,12 @@ class Block(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
-        """One block."""
+    def __call__(self, x: Any, side: Any = None) -> Any:
+        """One block; the norms of a decoder may read a side."""
         n = self.features
-        h = self.act(GroupNorm(self.groups, name="norm_in")(x))
+        h = self.act(normalise(self, "norm_in", x, side))
         h = constrain(Conv(n, form=self.form, dtype=self.dtype, name="conv_in")(h), "batch", ..., "wide")
-        h = self.act(GroupNorm(self.groups, name="norm_out")(h))
+        h = self.act(normalise(self, "norm_out", h, side))
         h = Conv(n, form=self.form, zero=True, dtype=self.dtype, name="conv_out")(h)
         if x.shape[-1] != n:
             x = Dense(n, dtype=self.dtype, name="skip")(x)
@@ -45,10 +71,10 @@ class PixelAttention(nn.Module):
     dtype: Any
 
     @nn.compact
-    def __call__(self, x: Any) -> Any:
+    def __call__(self, x: Any, side: Any = None) -> Any:
         """Mix the pixels of x [B, H, W, c]."""
         c = x.shape[-1]
-        h = GroupNorm(self.groups, name="norm")(x).reshape(x.shape[0], -1, 1, c)
+        h = normalise(self, "norm", x, side).reshape(x.shape[0], -1, 1, c)
         q, k, v = (Tap(name=n)(Dense(c, dtype=self.dtype, name=f"{n}_in")(h)) for n in "qkv")
         weights = Tap(name="weights")(softmax(Tap(name="logits")(logits_of(q * c**-0.5, k))))
         h = Dense(c, zero=True, dtype=self.dtype, name="out")(weighted(weights, v))
@@ -69,6 +95,7 @@ class Encoder(nn.Module):
     form: ConvForm | None
     remat: str
     dtype: Any
+    act_out: Callable[[Any], Any] | None = None  # before the last convolution, default `act`
 
     @nn.compact
     def __call__(self, x: Any) -> Any:
@@ -87,7 +114,7 @@ class Encoder(nn.Module):
         if self.middle_attention:
             h = attend("middle_attention")(h)
         h = block(self.widths[-1], "middle_1")(h)
-        h = self.act(GroupNorm(self.groups, name="norm_out")(h))
+        h = (self.act_out or self.act)(GroupNorm(self.groups, name="norm_out")(h))
         return Conv(self.out, form=self.form, dtype=self.dtype, name="out")(h)
 
 
@@ -105,24 +132,25 @@ class Decoder(nn.Module):
     form: ConvForm | None
     remat: str
     dtype: Any
+    act_out: Callable[[Any], Any] | None = None  # before the last convolution, default `act`
 
     @nn.compact
-    def __call__(self, z: Any) -> Any:
-        """The picture of z."""
+    def __call__(self, z: Any, side: Any = None) -> Any:
+        """The picture of z; all norms read the side [B, h, w, d] if there is one, see `SpatialNorm`."""
         block, attend = blocks_of(self)
         h = Conv(self.widths[-1], form=self.form, dtype=self.dtype, name="in")(z.astype(self.dtype))
-        h = block(self.widths[-1], "middle_0")(h)
+        h = block(self.widths[-1], "middle_0")(h, side)
         if self.middle_attention:
-            h = attend("middle_attention")(h)
-        h = block(self.widths[-1], "middle_1")(h)
+            h = attend("middle_attention")(h, side)
+        h = block(self.widths[-1], "middle_1")(h, side)
         for i, n in reversed(tuple(enumerate(self.widths))):
             for j in range(self.blocks + 1):
-                h = block(n, f"up_{i}_{j}")(h)
+                h = block(n, f"up_{i}_{j}")(h, side)
                 if i in self.attention:
-                    h = attend(f"attention_{i}_{j}")(h)
+                    h = attend(f"attention_{i}_{j}")(h, side)
             if i:
                 h = Conv(n, form=self.form, dtype=self.dtype, name=f"double_{i}")(double(h))
-        h = self.act(GroupNorm(self.groups, name="norm_out")(h))
+        h = (self.act_out or self.act)(normalise(self, "norm_out", h, side))
         h = Conv(self.out * self.patch**2, form=self.form, dtype=self.dtype, name="out")(h)
         return unfold(h, self.patch)
 
