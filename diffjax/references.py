@@ -197,6 +197,16 @@ PAPERS: dict[str, Paper] = {
                               "DDMI: Domain-Agnostic Latent Diffusion Models for Synthesizing High-Quality Implicit Neural Representations"),
     "arXiv:2106.09685": Paper("Hu, Edward J. and Shen, Yelong and Wallis, Phillip and Allen-Zhu, Zeyuan and Li, Yuanzhi and Wang, "
                               "Shean and Wang, Lu and Chen, Weizhu", 2022, "LoRA: Low-Rank Adaptation of Large Language Models"),
+    "arXiv:2302.05543": Paper("Zhang, Lvmin and Rao, Anyi and Agrawala, Maneesh", 2023,
+                              "Adding Conditional Control to Text-to-Image Diffusion Models"),
+    "arXiv:2401.05252": Paper("Chen, Junsong and others", 2024,
+                              "PixArt-delta: Fast and Controllable Image Generation with Latent Consistency Models"),
+    "arXiv:2408.06070": Paper("Peng, Bohao and Wang, Jian and Zhang, Yuechen and Li, Wenbo and Yang, Ming-Chang and Jia, Jiaya", 2024,
+                              "ControlNeXt: Powerful and Efficient Control for Image and Video Generation"),
+    "arXiv:2312.11392": Paper("Jiang, Zeyinzi and Mao, Chaojie and Pan, Yulin and Han, Zhen and Zhang, Jingfeng", 2023,
+                              "SCEdit: Efficient and Controllable Image Diffusion Generation via Skip Connection Editing"),
+    "arXiv:2306.00964": Paper("Hu, Minghui and Zheng, Jianbin and Liu, Daqing and Zheng, Chuanxia and Wang, Chaoyue and Tao, "
+                              "Dacheng and Cham, Tat-Jen", 2023, "Cocktail: Mixing Multi-Modality Controls for Text-Conditional Image Generation"),
 }  # fmt: skip
 
 

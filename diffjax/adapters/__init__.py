@@ -6,6 +6,7 @@ cond)` is the changed network. A fresh adapter changes nothing, to the bit.
 
 from __future__ import annotations
 
+from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
 from diffjax.adapters.lora import LoRA, lora
@@ -16,10 +17,14 @@ __all__ = [
     "Adapted",
     "Adapter",
     "Change",
+    "ControlNet",
+    "ControlTransformer",
     "LoRA",
     "Site",
     "adapt",
     "added",
+    "control_transformer",
+    "controlnet",
     "fingerprint",
     "load_adapter",
     "lora",
@@ -30,4 +35,6 @@ __all__ = [
 # name -> card; `build(**fields)` makes the adapter, and a file names it so
 CATALOGUE: dict[str, Card] = {
     "lora": Card(lora, "arXiv:2106.09685#Eq. 3", "W + w (alpha / r) A B"),
+    "controlnet": Card(controlnet, "arXiv:2302.05543", "a copy of the encoder adds through zero convolutions"),
+    "control_transformer": Card(control_transformer, "arXiv:2401.05252", "a copy of the first blocks adds likewise"),
 }

@@ -31,10 +31,17 @@ NETS = {
     ),
 }
 
+PICTURE = np.random.default_rng(5).normal(size=(3, 4, 4, 2)).astype(np.float32)
+LARGE = np.random.default_rng(6).normal(size=(3, 8, 8, 2)).astype(np.float32)
+
 CASES = {
     "lora": Case(adapters.lora(2), "unet"),
     "lora, transformer": Case(adapters.lora(2, targets="attention/qkv/kernel$"), "dit"),
     "lora, scanned": Case(adapters.lora(2), "scanned"),
+    "controlnet": Case(adapters.controlnet((6,)), "unet", PICTURE),
+    "controlnet, large picture": Case(adapters.controlnet((4, 6), scales=(0.5, 1.0, 1.0, 1.0, 2.0)), "unet", LARGE),
+    "control_transformer": Case(adapters.control_transformer(1), "dit", PICTURE),
+    "control_transformer, scanned": Case(adapters.control_transformer(1), "scanned", LARGE),
 }
 
 
