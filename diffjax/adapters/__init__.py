@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
+from diffjax.adapters.difference import Difference, difference
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
 from diffjax.adapters.lora import LoRA, lora
 from diffjax.types import Card
@@ -19,12 +20,14 @@ __all__ = [
     "Change",
     "ControlNet",
     "ControlTransformer",
+    "Difference",
     "LoRA",
     "Site",
     "adapt",
     "added",
     "control_transformer",
     "controlnet",
+    "difference",
     "fingerprint",
     "load_adapter",
     "lora",
@@ -37,4 +40,5 @@ CATALOGUE: dict[str, Card] = {
     "lora": Card(lora, "arXiv:2106.09685#Eq. 3", "W + w (alpha / r) A B"),
     "controlnet": Card(controlnet, "arXiv:2302.05543", "a copy of the encoder adds through zero convolutions"),
     "control_transformer": Card(control_transformer, "arXiv:2401.05252", "a copy of the first blocks adds likewise"),
+    "difference": Card(difference, "", "theta + w delta of chosen arrays"),
 }

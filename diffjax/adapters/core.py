@@ -103,16 +103,30 @@ class Adapted:
         Raises: ValueError: an adapter that does more.
         """
         base = params["base"]
+        for delta in self._deltas(params):
+            base = added(base, delta)
+        return base
+
+    def unmerge(self, params: Any) -> PyTree:
+        """The inverse of `merge`, up to rounding: the network's parameters where `params["base"]` are the merged ones.
+
+        Raises: ValueError: an adapter that does more than add.
+        """
+        base = params["base"]
+        for delta in reversed(self._deltas(params)):
+            base = added(base, {path: -a for path, a in delta.items()})
+        return base
+
+    def _deltas(self, params: Any) -> list[dict[str, Any]]:
+        """What each adapter adds to the parameters."""
+        site, weights = Site(self.net, params["base"], None, None, None, None), params.get("weights", {})
         for name, adapter in self.adapters:
-            site = Site(self.net, params["base"], None, None, None, None)
-            delta = getattr(adapter, "delta", None)
-            if delta is None:
+            if not hasattr(adapter, "delta"):
                 raise ValueError(
                     f"the adapter {name!r} ({type(adapter).__name__}) cannot be merged: it does more than add to parameters. "
                     "Keep it beside the network, or leave it out of adapt(...)"
                 )
-            base = added(base, delta(params["adapters"][name], site, params.get("weights", {}).get(name)))
-        return base
+        return [adapter.delta(params["adapters"][name], site, weights.get(name)) for name, adapter in self.adapters]
 
     def _changes(self, params: Any, x: Any, t: Any, cond: Any, key: Any) -> tuple[Any, list[Change]]:
         missing = sorted({name for name, _ in self.adapters} - set(params.get("adapters", {})))
@@ -150,7 +164,8 @@ def adapt(net: Callable[..., Any], **adapters: Any) -> Adapted:
     `init_state` `trainable="^adapters/"`.
 
     Args: net: a `from_linen` function.   adapters: name -> adapter; a name must not be a kind of condition.
-    Returns: a function with `.init(key, base, x, t, cond)` and `.merge(params)`; it may be tapped, as the network.
+    Returns: a function with `.init(key, base, x, t, cond)`, `.merge(params)` and `.unmerge(params)`; it may be tapped,
+        as the network.
     Raises: ValueError: a jitted or adapted net; a name that conditions have.
 
     Example:

@@ -42,6 +42,8 @@ CASES = {
     "controlnet, large picture": Case(adapters.controlnet((4, 6), scales=(0.5, 1.0, 1.0, 1.0, 2.0)), "unet", LARGE),
     "control_transformer": Case(adapters.control_transformer(1), "dit", PICTURE),
     "control_transformer, scanned": Case(adapters.control_transformer(1), "scanned", LARGE),
+    "lora, scanned": Case(adapters.lora((("attention/", 3), ("", 1)), parts=("q", "v")), "scanned"),
+    "difference": Case(adapters.difference("film/"), "dit"),
 }
 
 

@@ -93,7 +93,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="one number"):
         params = fn.init(jax.random.key(0), base, x, t, cond)
         fn({**params, "weights": {"a": jnp.ones(3)}}, x, t, cond)
-    with pytest.raises(ValueError, match="names no kernel"):
+    with pytest.raises(ValueError, match="names no array"):
         adapters.adapt(net, a=adapters.lora(2, targets="nothing")).init(jax.random.key(0), base, x, t, cond)
     with pytest.raises(ValueError, match="rank >= 1"):
         adapters.lora(0)
