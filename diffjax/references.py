@@ -207,6 +207,18 @@ PAPERS: dict[str, Paper] = {
                               "SCEdit: Efficient and Controllable Image Diffusion Generation via Skip Connection Editing"),
     "arXiv:2306.00964": Paper("Hu, Minghui and Zheng, Jianbin and Liu, Daqing and Zheng, Chuanxia and Wang, Chaoyue and Tao, "
                               "Dacheng and Cham, Tat-Jen", 2023, "Cocktail: Mixing Multi-Modality Controls for Text-Conditional Image Generation"),
+    "arXiv:2208.01618": Paper("Gal, Rinon and Alaluf, Yuval and Atzmon, Yuval and Patashnik, Or and Bermano, Amit H. and Chechik, Gal "
+                              "and Cohen-Or, Daniel", 2023,
+                              "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual Inversion"),
+    "arXiv:2208.12242": Paper("Ruiz, Nataniel and Li, Yuanzhen and Jampani, Varun and Pritch, Yael and Rubinstein, Michael and "
+                              "Aberman, Kfir", 2023,
+                              "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation"),
+    "xie2026divcontrol": Paper("Xie, Yucheng and Feng, Fu and Shi, Ruixiao and Wang, Jing and Rui, Yong and Geng, Xin", 2026,
+                               "DivControl: Knowledge Diversion for Controllable Image Generation"),
+    "arXiv:2412.08781": Paper("Tang, Yi and Sun, Peng and Cheng, Zhenglin and Lin, Tao", 2024,
+                              "GMem: A Modular Approach for Ultra-Efficient Generative Models"),
+    "arXiv:2510.12789": Paper("Li, Kevin and Brack, Manuel and Katakol, Sudeep and Ravi, Hareesh and Kale, Ajinkya", 2025,
+                              "UniFusion: Vision-Language Model as Unified Encoder in Image Generation"),
 }  # fmt: skip
 
 

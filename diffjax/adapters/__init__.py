@@ -10,6 +10,7 @@ from diffjax.adapters.control import ControlNet, ControlTransformer, control_tra
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.difference import Difference, difference
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
+from diffjax.adapters.inversion import LabelInversion, TextualInversion, label_inversion, textual_inversion
 from diffjax.adapters.lora import LoRA, lora
 from diffjax.types import Card
 
@@ -21,18 +22,22 @@ __all__ = [
     "ControlNet",
     "ControlTransformer",
     "Difference",
+    "LabelInversion",
     "LoRA",
     "Site",
+    "TextualInversion",
     "adapt",
     "added",
     "control_transformer",
     "controlnet",
     "difference",
     "fingerprint",
+    "label_inversion",
     "load_adapter",
     "lora",
     "save_adapter",
     "strength",
+    "textual_inversion",
 ]
 
 # name -> card; `build(**fields)` makes the adapter, and a file names it so
@@ -41,4 +46,6 @@ CATALOGUE: dict[str, Card] = {
     "controlnet": Card(controlnet, "arXiv:2302.05543", "a copy of the encoder adds through zero convolutions"),
     "control_transformer": Card(control_transformer, "arXiv:2401.05252", "a copy of the first blocks adds likewise"),
     "difference": Card(difference, "", "theta + w delta of chosen arrays"),
+    "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),
+    "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
 }

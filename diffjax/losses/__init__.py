@@ -25,6 +25,7 @@ from diffjax.losses.denoising import (
 from diffjax.losses.distillation import Distillation, distillation
 from diffjax.losses.levels import ByNoiseLevel, by_noise_level, level_edges
 from diffjax.losses.likelihood import GaussianDecoder, LevelDecoder, discrete_bound, variational_bound
+from diffjax.losses.prior import PriorPreservation, prior_preservation
 from diffjax.losses.routing import router_loss
 from diffjax.losses.sides import SideOutputs, side_outputs
 from diffjax.losses.spectral import spectral_distance, spectral_distillation
@@ -64,10 +65,11 @@ AUTOENCODING: dict[str, Card] = {
 
 __all__ = [
     "AUTOENCODING", "ByNoiseLevel", "CATALOGUE", "COUPLINGS", "ConditionNoise", "Distillation", "GaussianDecoder",
-    "LevelDecoder", "SideOutputs", "Uncertainty", "absolute", "adversarial_loss", "autoencoder_loss", "balance",
-    "by_noise_level", "check_batch", "check_labels", "condition_noise", "denoising_loss", "discrete_bound",
-    "distillation", "error_scale", "exact", "expert_load", "flow_matching", "hinge", "independent", "k_nearest_noise",
-    "level_edges", "log_variance_of_aux", "minibatch_assignment", "noise_prediction", "perceptual", "router_loss",
-    "routers", "score_matching", "side_outputs", "sinkhorn", "spectral_distance", "spectral_distillation", "squared",
-    "task_prior", "uncertainty", "v_prediction", "vanilla", "variational_bound",
+    "LevelDecoder", "PriorPreservation", "SideOutputs", "Uncertainty", "absolute", "adversarial_loss",
+    "autoencoder_loss", "balance", "by_noise_level", "check_batch", "check_labels", "condition_noise",
+    "denoising_loss", "discrete_bound", "distillation", "error_scale", "exact", "expert_load", "flow_matching",
+    "hinge", "independent", "k_nearest_noise", "level_edges", "log_variance_of_aux", "minibatch_assignment",
+    "noise_prediction", "perceptual", "prior_preservation", "router_loss", "routers", "score_matching",
+    "side_outputs", "sinkhorn", "spectral_distance", "spectral_distillation", "squared", "task_prior", "uncertainty",
+    "v_prediction", "vanilla", "variational_bound",
 ]  # fmt: skip

@@ -28,9 +28,9 @@ class Function:
 
     f: Callable[..., Any] = static()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
-        return self.f(*args)
+        return self.f(*args, **kwargs)
 
 
 def as_tree(f: Any) -> Any:

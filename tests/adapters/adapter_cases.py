@@ -44,6 +44,8 @@ CASES = {
     "control_transformer, scanned": Case(adapters.control_transformer(1), "scanned", LARGE),
     "lora, scanned": Case(adapters.lora((("attention/", 3), ("", 1)), parts=("q", "v")), "scanned"),
     "difference": Case(adapters.difference("film/"), "dit"),
+    "textual inversion": Case(adapters.textual_inversion(2), "text", np.array([[0, -1, 1, -1]] * 3)),
+    "label inversion": Case(adapters.label_inversion(2), "scanned", np.array([0, 1, 0])),
 }
 
 
