@@ -219,6 +219,13 @@ PAPERS: dict[str, Paper] = {
                               "GMem: A Modular Approach for Ultra-Efficient Generative Models"),
     "arXiv:2510.12789": Paper("Li, Kevin and Brack, Manuel and Katakol, Sudeep and Ravi, Hareesh and Kale, Ajinkya", 2025,
                               "UniFusion: Vision-Language Model as Unified Encoder in Image Generation"),
+    "arXiv:2312.03556": Paper("Xu, Jianjin and Motamed, Saman and Vaddamanu, Praneetha and Wu, Chen Henry and Haene, Christian and "
+                              "Bazin, Jean-Charles and de la Torre, Fernando", 2023,
+                              "Personalized Face Inpainting with Diffusion Models by Parallel Visual Attention"),
+    "arXiv:2308.06721": Paper("Ye, Hu and Zhang, Jun and Liu, Sibo and Han, Xiao and Yang, Wei", 2023,
+                              "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models"),
+    "arXiv:2412.20800": Paper("Wu, Shaojin and Ding, Fei and Huang, Mengqi and Liu, Wei and He, Qian", 2024,
+                              "VMix: Improving Text-to-Image Diffusion Model with Cross-Attention Mixing Control"),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ cond)` is the changed network. A fresh adapter changes nothing, to the bit.
 from __future__ import annotations
 
 from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
+from diffjax.adapters.attention import ParallelAttention, ValueMixing, parallel_attention, value_mixing
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.difference import Difference, difference
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
@@ -24,8 +25,10 @@ __all__ = [
     "Difference",
     "LabelInversion",
     "LoRA",
+    "ParallelAttention",
     "Site",
     "TextualInversion",
+    "ValueMixing",
     "adapt",
     "added",
     "control_transformer",
@@ -35,9 +38,11 @@ __all__ = [
     "label_inversion",
     "load_adapter",
     "lora",
+    "parallel_attention",
     "save_adapter",
     "strength",
     "textual_inversion",
+    "value_mixing",
 ]
 
 # name -> card; `build(**fields)` makes the adapter, and a file names it so
@@ -48,4 +53,8 @@ CATALOGUE: dict[str, Card] = {
     "difference": Card(difference, "", "theta + w delta of chosen arrays"),
     "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),
     "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
+    "parallel attention": Card(
+        parallel_attention, "arXiv:2312.03556 arXiv:2308.06721", "A V + w A' V' of tokens of its own"
+    ),
+    "value mixing": Card(value_mixing, "arXiv:2412.20800", "A (V + w V') under the attention map A of the network"),
 }

@@ -33,6 +33,8 @@ NETS = {
 
 PICTURE = np.random.default_rng(5).normal(size=(3, 4, 4, 2)).astype(np.float32)
 LARGE = np.random.default_rng(6).normal(size=(3, 8, 8, 2)).astype(np.float32)
+TOKENS = np.random.default_rng(2).normal(size=(3, 2, 4)).astype(np.float32)  # of adapters that read tokens
+MASK = np.array([[True, True], [True, False], [True, True]])
 
 CASES = {
     "lora": Case(adapters.lora(2), "unet"),
@@ -46,6 +48,9 @@ CASES = {
     "difference": Case(adapters.difference("film/"), "dit"),
     "textual inversion": Case(adapters.textual_inversion(2), "text", np.array([[0, -1, 1, -1]] * 3)),
     "label inversion": Case(adapters.label_inversion(2), "scanned", np.array([0, 1, 0])),
+    "parallel attention": Case(adapters.parallel_attention(hidden=5), "text", {"tokens": TOKENS, "mask": MASK}),
+    "parallel attention, scanned": Case(adapters.parallel_attention(), "scanned", TOKENS),
+    "value mixing": Case(adapters.value_mixing(), "text", TOKENS),
 }
 
 
