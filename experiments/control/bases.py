@@ -1,6 +1,6 @@
 """Frozen networks that the recipes of this family adapt, each trained once: `python -m experiments.control.bases [NAME...]`.
 
-They are flows on the 8 x 8 digits, or on 16 x 16 crops of photographs, and lie beside this file (`bases/NAME.safetensors`), so
+They are flows on the 8 x 8 digits, or on 16 x 16 crops of photographs, and lie beside this file (`weights/NAME.safetensors`), so
 that a recipe trains what it is about, and nothing else. The conditions: `unet`, `dit` a label (10: none); `text` a caption
 of three tokens, see `caption`; `photo` none.
 """
@@ -19,7 +19,7 @@ from diffjax import data, losses, metrics, networks, processes, training
 from experiments.loop import trainer
 
 PROCESS = processes.rectified()
-FOLDER = pathlib.Path(__file__).parent / "bases"
+FOLDER = pathlib.Path(__file__).parent / "weights"
 WORDS = ("nothing", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "a", "digit", "of")
 TOKENS = 16  # size of a token
 NETS = {  # network, steps, learning rate
