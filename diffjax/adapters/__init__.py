@@ -6,8 +6,8 @@ cond)` is the changed network. A fresh adapter changes nothing, to the bit.
 
 from __future__ import annotations
 
-from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
 from diffjax.adapters.attention import ParallelAttention, ValueMixing, parallel_attention, value_mixing
+from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.difference import Difference, difference
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
@@ -16,9 +16,9 @@ from diffjax.adapters.lora import LoRA, lora
 from diffjax.types import Card
 
 __all__ = [
-    "CATALOGUE",
     "Adapted",
     "Adapter",
+    "CATALOGUE",
     "Change",
     "ControlNet",
     "ControlTransformer",
@@ -53,8 +53,8 @@ CATALOGUE: dict[str, Card] = {
     "difference": Card(difference, "", "theta + w delta of chosen arrays"),
     "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),
     "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
-    "parallel attention": Card(
+    "parallel_attention": Card(
         parallel_attention, "arXiv:2312.03556 arXiv:2308.06721", "A V + w A' V' of tokens of its own"
     ),
-    "value mixing": Card(value_mixing, "arXiv:2412.20800", "A (V + w V') under the attention map A of the network"),
+    "value_mixing": Card(value_mixing, "arXiv:2412.20800", "A (V + w V') under the attention map A of the network"),
 }

@@ -39,7 +39,6 @@ MASK = np.array([[True, True], [True, False], [True, True]])
 CASES = {
     "lora": Case(adapters.lora(2), "unet"),
     "lora, transformer": Case(adapters.lora(2, targets="attention/qkv/kernel$"), "dit"),
-    "lora, scanned": Case(adapters.lora(2), "scanned"),
     "controlnet": Case(adapters.controlnet((6,)), "unet", PICTURE),
     "controlnet, large picture": Case(adapters.controlnet((4, 6), scales=(0.5, 1.0, 1.0, 1.0, 2.0)), "unet", LARGE),
     "control_transformer": Case(adapters.control_transformer(1), "dit", PICTURE),
