@@ -159,8 +159,10 @@ def _check(model: Pretrained) -> None:
     """The configuration must be that of the module: other numbers would be computed there."""
     peer = peer_of(model.kind)
     wanted = peer.network(model.config)
-    if peer.config(wanted) != peer.config(model.module):
-        raise ValueError(f"the configuration makes {wanted}, not the module {model.module}")
+    theirs, ours = peer.config(wanted), peer.config(model.module)
+    odd = [f"{name}={theirs.get(name)!r} instead of {a!r}" for name, a in ours.items() if theirs.get(name) != a]
+    if odd:
+        raise ValueError(f"the configuration is not that of the module: it has {', '.join(odd)}")
     shapes = dict(partial.named(template_of(peer, wanted, model.config)))
     for name, a in partial.named(model.params):
         if name in shapes and shapes[name].shape != a.shape:

@@ -208,7 +208,7 @@ def compare(
         stored[new if new not in stored else name] = name
     missing = sorted(name for name in wanted if name not in stored)
     left = (name for name in stored if name not in wanted)
-    unexpected = sorted(name for name in left if not any(re.search(p, name) for p in ignored))
+    unexpected = sorted(stored[name] for name in left if not any(re.search(p, name) for p in ignored))
     wrong = [
         f"{name}: {list(shapes[stored[name]])} instead of {list(shape)}"
         for name, shape in wanted.items()
@@ -240,7 +240,7 @@ def load(
     shapes = {name: tuple(shape) for name, shape in _shapes(tensors).items()}
     found = compare(rules, shapes, template, ignored=ignored, renames=renames)
     if str(found):
-        source = getattr(tensors, "source", "the tensors")
+        source = getattr(tensors, "source", "the mapping of tensors")
         raise CheckpointError(
             f"{source} does not fit its configuration. Tensors that are\n{found}\nTake the weights and the configuration "
             "from one place"

@@ -27,6 +27,7 @@ DTYPES = {
     "U64": np.uint64, "U32": np.uint32, "U16": np.uint16, "U8": np.uint8, "BOOL": np.bool_,
 }  # fmt: skip
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+HEADER = 100_000_000  # bytes of a header at most
 SHARD = 10 * 1000**3  # bytes of a file
 STEM = "diffusion_pytorch_model"  # of the files in a folder
 EXPORT = (
@@ -141,7 +142,7 @@ def _indexed(index: pathlib.Path) -> Tensors:
         places = dict(json.loads(index.read_text())["weight_map"])
         shards = sorted(set(places.values()))
         outside = [name for name in shards if pathlib.PurePath(name).name != name]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{index} is no index of shards: {type(error).__name__} {error}") from None
     if outside:
         raise CheckpointError(f"{index} names files outside its folder: {', '.join(outside)}")
@@ -191,7 +192,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if len(begin) < 8:
             raise CheckpointError(f"{path} is truncated: it has {size} bytes")
         length = struct.unpack("<Q", begin)[0]
-        if length > size - 8:
+        if length > min(size - 8, HEADER):
             raise CheckpointError(
                 f"{path} is truncated or no {SUFFIX} file: its header has {length} bytes, the file {size}. Get it again"
             )
@@ -202,7 +203,7 @@ def read_header(path: pathlib.Path) -> tuple[dict[str, Entry], dict[str, str]]:
         if not all(isinstance(a, str) for pair in metadata.items() for a in pair):
             raise ValueError("metadata that are not strings")
         entries = {name: _entry(path, name, about, 8 + length) for name, about in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise CheckpointError(f"{path} has a header that is not of {SUFFIX}: {error}") from None
     end = 8 + length
     for name, entry in sorted(entries.items(), key=lambda item: (item[1].offset, math.prod(item[1].shape))):
@@ -247,11 +248,11 @@ def write(path: Any, arrays: Mapping[str, Any], metadata: Mapping[str, str] | No
     temporary = path.with_name(f".{path.name}.tmp")
     header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
     end = 0
-    for name, a in arrays.items():
-        if np.dtype(a.dtype) not in NAMES:
-            raise ValueError(f"{SUFFIX} has no dtype {a.dtype}, that of {name}; it has {', '.join(map(str, NAMES))}")
-        begin, end = end, end + math.prod(a.shape) * np.dtype(a.dtype).itemsize
-        header[name] = {"dtype": NAMES[np.dtype(a.dtype)], "shape": list(a.shape), "data_offsets": [begin, end]}
+    for name, (dtype, shape) in _outline(arrays).items():
+        if dtype not in NAMES:
+            raise ValueError(f"{SUFFIX} has no dtype {dtype}, that of {name}; it has {', '.join(map(str, NAMES))}")
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # so that arrays begin at multiples of eight bytes
     try:
@@ -278,8 +279,8 @@ def write_folder(
         raise ValueError(f"shard must be a positive number of bytes; got {shard}")
     groups: list[list[str]] = [[]]
     filled = total = 0
-    for name, a in arrays.items():
-        size = math.prod(a.shape) * np.dtype(a.dtype).itemsize
+    for name, (dtype, shape) in _outline(arrays).items():
+        size = math.prod(shape) * dtype.itemsize
         if groups[-1] and filled + size > shard:
             groups.append([])
             filled = 0
@@ -295,6 +296,10 @@ def write_folder(
     places = {name: file for file, names in zip(files, groups, strict=True) for name in names}
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (folder / f"{STEM}{INDEX}").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _outline(arrays: Mapping[str, Any]) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    return {name: (np.dtype(a.dtype), tuple(a.shape)) for name, a in arrays.items()}
 
 
 @dataclasses.dataclass(frozen=True)
