@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from diffjax.interop import autoencoders
+from diffjax.interop import autoencoders, guided, text_unets, unets
 from diffjax.interop.peer import Peer
 
 CLASSES: dict[str, Peer] = {
     "AutoencoderKL": autoencoders.KL,
     "VQModel": autoencoders.VQ,
+    "UNet2DModel": unets.PEER,
+    "UNet2DConditionModel": text_unets.PEER,
+    "GuidedDiffusion": guided.PEER,
 }

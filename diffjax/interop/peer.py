@@ -21,7 +21,8 @@ class Peer(NamedTuple):
 
     `network(config)`: our module; every field is read, and what has no counterpart is a ValueError (see `options`).
     `config(module)`: the fields of their configuration, without those that the module does not decide.
-    `rules(module)`: how parameters become tensors.
+    `rules(module)`: how parameters become tensors; `rules(module, config)` if `by_config`, where the configuration decides
+    names or forms that do not matter to the module.
     `example(module, config)`: arguments of `module.init` after the key, `ShapeDtypeStruct`s.
     `fn(module, config)`: the function `fn(params, x, t, cond)`, with their conventions of time and condition.
     `latent(module, config)`: of an autoencoder, shift and scale of `latent.LatentSpace`, each [c].
@@ -30,9 +31,14 @@ class Peer(NamedTuple):
 
     network: Callable[[Config], Any]
     config: Callable[[Any], dict[str, Any]]
-    rules: Callable[[Any], list[Rule]]
+    rules: Callable[..., list[Rule]]
     example: Callable[[Any, Config], tuple]
     fn: Callable[[Any, Config], Any] = plain
     latent: Callable[[Any, Config], tuple[Any, Any]] | None = None
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
+    by_config: bool = False
+
+    def table(self, module: Any, config: Config) -> list[Rule]:
+        """The rules of a module with a configuration."""
+        return self.rules(module, config) if self.by_config else self.rules(module)

@@ -118,7 +118,7 @@ def load_pretrained(folder: Any, dtype: Any = None, *, weights: Any = None) -> P
     found = tensors.open_tensors(_weights(folder, weights))
     template = template_of(peer, module, config)
     options = dict(ignored=peer.ignored, renames=peer.renames)
-    params = rules.load(peer.rules(module), found, template, dtype=dtype, **options)
+    params = rules.load(peer.table(module, config), found, template, dtype=dtype, **options)
     return Pretrained(config["_class_name"], module, params, config, read_scheduler(folder), read_documents(folder))
 
 
@@ -137,9 +137,8 @@ def save_pretrained(folder: Any, model: Pretrained, *, shard: int = tensors.SHAR
     new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         new.chmod(0o755)
-        tensors.write_folder(
-            new, rules.save(CLASSES[model.kind].rules(model.module), model.params), {"format": "pt"}, shard=shard
-        )
+        table = CLASSES[model.kind].table(model.module, model.config)
+        tensors.write_folder(new, rules.save(table, model.params), {"format": "pt"}, shard=shard)
         _write_json(new / CONFIG, {**model.config, "_class_name": model.kind})
         if model.scheduler is not None:
             _write_json(new / SCHEDULER, model.scheduler)

@@ -21,20 +21,25 @@ SHOWN = 12  # names of a list in a message
 class Kind(NamedTuple):
     """A pair of inverse functions.   read(*theirs) -> ours,   write(ours) -> theirs, a tuple
 
-    Both only move numbers. `write` uses methods of arrays alone, so that shapes can be traced through it.
+    Where several arrays of ours are made together, read returns a tuple and write takes as many. Both only move numbers. `write` uses methods of arrays alone, so that shapes can be traced through it.
     """
 
     name: str
     read: Callable[..., Any]
-    write: Callable[[Any], tuple]
+    write: Callable[..., tuple]
 
 
 class Rule(NamedTuple):
-    """One array of ours, `a/b/c`, and the names of the arrays of theirs that it is made of."""
+    """One array of ours, `a/b/c`, or several that are made together, and the names of the arrays of theirs they are made of."""
 
-    ours: str
+    ours: str | tuple[str, ...]
     theirs: tuple[str, ...]
     kind: Kind
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        """The arrays of ours."""
+        return (self.ours,) if isinstance(self.ours, str) else self.ours
 
 
 # -------------------------------------------------------------------------------------------------------------- kinds
@@ -109,6 +114,14 @@ def chunks(order: tuple[int, ...]) -> Kind:
 
 
 @functools.cache
+def parted(n: int) -> Kind:
+    """One matrix as n of ours, or biases: equal parts of its outputs.   [n d, in] <-> n of [in, d]"""
+    read = lambda a: tuple(part.T for part in a.reshape(n, -1, *a.shape[1:]))
+    write = lambda *parts: (parts[0].__array_namespace__().concatenate([part.T for part in parts]),)
+    return Kind(f"parted({n})", read, write)
+
+
+@functools.cache
 def shaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Kind:
     """The same numbers in another shape, such as a table with an axis of length one."""
     return Kind(f"shaped({ours}, {theirs})", lambda a: a.reshape(ours), lambda a: (a.reshape(theirs),))
@@ -172,18 +185,19 @@ def shapes_of(rules: Sequence[Rule], template: PyTree) -> dict[str, tuple[int, .
     Raises: ValueError: the rules are not of this network: an array without rule or with two, a rule without array.
     """
     leaves = dict(partial.named(template))
-    ours = [rule.ours for rule in rules]
+    ours = [name for rule in rules for name in rule.paths]
     odd = sorted(set(leaves) ^ set(ours)) + sorted({name for name in ours if ours.count(name) > 1})
     if odd:
         raise ValueError(f"the rules do not fit the network: {shown(odd)}")
 
     @functools.cache
-    def theirs(kind: Kind, shape: tuple[int, ...]) -> Any:
-        return jax.eval_shape(kind.write, jax.ShapeDtypeStruct(shape, np.float32))
+    def theirs(kind: Kind, *shapes: tuple[int, ...]) -> Any:
+        return jax.eval_shape(kind.write, *(jax.ShapeDtypeStruct(shape, np.float32) for shape in shapes))
 
     found: dict[str, tuple[int, ...]] = {}
     for rule in rules:
-        for name, a in zip(rule.theirs, theirs(rule.kind, leaves[rule.ours].shape), strict=True):
+        shapes = (leaves[name].shape for name in rule.paths)
+        for name, a in zip(rule.theirs, theirs(rule.kind, *shapes), strict=True):
             found[name] = a.shape
     return found
 
@@ -246,12 +260,15 @@ def load(
             "from one place"
         )
 
-    def place(rule: Rule) -> Any:
-        a = rule.kind.read(*(tensors[found.stored[name]] for name in rule.theirs))
+    def place(a: Any) -> Any:
         cast = a.dtype if dtype is None or not jnp.issubdtype(a.dtype, jnp.floating) else dtype
         return jnp.asarray(np.array(a, cast, order="C"))  # a copy: the file is not held
 
-    leaves = {rule.ours: place(rule) for rule in rules}
+    leaves: dict[str, Any] = {}
+    for rule in rules:
+        made = rule.kind.read(*(tensors[found.stored[name]] for name in rule.theirs))
+        parts = (made,) if isinstance(rule.ours, str) else made
+        leaves |= {name: place(a) for name, a in zip(rule.paths, parts, strict=True)}
     return partial.nested({name: leaves[name] for name, _ in partial.named(template)})
 
 
@@ -268,7 +285,7 @@ class Saved(Mapping):
 
     def __getitem__(self, name: str) -> np.ndarray:
         rule, i = self.places[name]
-        return np.asarray(rule.kind.write(np.asarray(self.leaves[rule.ours]))[i])
+        return np.asarray(rule.kind.write(*(np.asarray(self.leaves[name]) for name in rule.paths))[i])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.places)

@@ -28,7 +28,15 @@ from diffjax.networks.dimr import Branch, DiMR, TimeNorm
 from diffjax.networks.discriminator import Adversary, PatchDiscriminator, adversary
 from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
-from diffjax.networks.embeddings import LabelEmbedding, TimeCode, fourier, grid_positions, sinusoids
+from diffjax.networks.embeddings import (
+    LabelEmbedding,
+    TimeCode,
+    falling,
+    fourier,
+    grid_positions,
+    kept_fourier,
+    sinusoids,
+)
 from diffjax.networks.entropy import attention_entropy, entropy_scaling
 from diffjax.networks.feed_forward import SparseMLP, capacity, dense, ragged, sparse
 from diffjax.networks.freeu import freeu
@@ -148,6 +156,7 @@ __all__ = [
     "dense",
     "double",
     "entropy_scaling",
+    "falling",
     "farthest_points",
     "feature_autoencoder",
     "fir_double",
@@ -163,6 +172,7 @@ __all__ = [
     "interpolate",
     "interpolate_planes",
     "inverse_haar",
+    "kept_fourier",
     "magnitudes",
     "match_scale",
     "mp_cat",

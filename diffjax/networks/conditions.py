@@ -52,11 +52,12 @@ def read_condition(
     vector_size: int = 0,
     token_size: int = 0,
     image_channels: int = 0,
+    null_label: bool = True,
 ) -> Condition:
     """Check `cond` against what a network takes and sort it into its kinds.
 
-    Args: cond: see the module.   x: [B, ...] state; an image must have its spatial axes.   The others: sizes of the
-    kinds that the network takes, 0 for none.
+    Args: cond: see the module.   x: [B, ...] state; an image must have its spatial axes.   null_label: whether there is a
+    "no label".   The others: sizes of the kinds that the network takes, 0 for none.
     Raises: ValueError: a kind is missing or not taken; wrong type, shape or batch; a label out of range (if it is
     concrete).
 
@@ -94,7 +95,7 @@ def read_condition(
         raise ValueError("cond has 'mask' but no 'tokens'; the mask tells which tokens are padding")
     b = x.shape[0]
     if "label" in cond:
-        _check_label(cond["label"], b, num_classes)
+        _check_label(cond["label"], b, num_classes, null_label)
     if "vector" in cond:
         _check_shape("vector", cond["vector"], (b, vector_size))
     if "image" in cond:
@@ -227,7 +228,8 @@ def condition_of(net: Any, cond: Any, x: Any) -> Condition:
     Args: net: a module with any of these fields; those that it lacks are kinds it cannot take.   cond, x: see `read_condition`.
     Raises: ValueError: see `read_condition`.
     """
-    return read_condition(cond, x, **{field: getattr(net, field, 0) for field in FIELDS.values()})
+    sizes = {field: getattr(net, field, 0) for field in FIELDS.values()}
+    return read_condition(cond, x, **sizes, null_label=getattr(net, "null_label", True))
 
 
 class Code(nn.Module):
@@ -250,6 +252,7 @@ class Code(nn.Module):
     dtype: Any = jnp.float32
     sinusoids: int | None = None  # sinusoidal features of the time; default as `features`
     deep_vector: bool = False  # the vector by Dense(act(Dense(v))), as the time, and not by one linear map
+    null_label: bool = True  # see `LabelEmbedding`
 
     @nn.compact
     def __call__(self, t: Any, condition: Condition, *more: Any, with_time: bool = False) -> Any:
@@ -258,7 +261,8 @@ class Code(nn.Module):
         c = alone = time(t)
         items = list(more)
         if self.num_classes:
-            items.append(LabelEmbedding(self.num_classes, self.features, self.dtype, name="label")(condition.label))
+            label = LabelEmbedding(self.num_classes, self.features, self.dtype, self.null_label, name="label")
+            items.append(label(condition.label))
         if self.vector_size:
             v = jnp.asarray(condition.vector).astype(self.dtype)
             if self.deep_vector:
@@ -270,7 +274,7 @@ class Code(nn.Module):
         return (c, constrain(self.act(alone), "batch", ...)) if with_time else c
 
 
-def _check_label(label: Any, b: int, num_classes: int) -> None:
+def _check_label(label: Any, b: int, num_classes: int, null: bool) -> None:
     dtype = getattr(label, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer) or np.shape(label) != (b,):
         got = type(label).__name__ if dtype is None else dtype
@@ -278,11 +282,12 @@ def _check_label(label: Any, b: int, num_classes: int) -> None:
     if isinstance(label, jax.core.Tracer):
         return
     bad = np.asarray(label)
-    bad = bad[(bad < 0) | (bad > num_classes)]
+    bad = bad[(bad < 0) | (bad >= num_classes + null)]
     if bad.size:
-        raise ValueError(
-            f"cond['label'] must lie in [0, {num_classes}] ({num_classes} is no label); got {bad[:5].tolist()}"
+        accepted = (
+            f"{num_classes}] ({num_classes} is no label)" if null else f"{num_classes - 1}] (there is no 'no label')"
         )
+        raise ValueError(f"cond['label'] must lie in [0, {accepted}; got {bad[:5].tolist()}")
 
 
 def _check_mask(name: str, mask: Any, want: tuple[int, int]) -> None:

@@ -16,9 +16,6 @@ from diffjax.networks.partition import constrain
 
 Frequencies = tuple[float, float]
 UNIT: Frequencies = (1.0, 256.0)
-Features = (
-    Frequencies | Callable[[Any, int], Any]
-)  # of the time: a range of sinusoids, or (t, size) -> [*t.shape, size]
 
 
 def sinusoids(t: Any, size: int, frequencies: Frequencies = UNIT) -> jax.Array:
@@ -71,6 +68,57 @@ class fourier:  # noqa: N801  (reads as a function: frequencies=fourier(16.0))
         t = jnp.asarray(t, jnp.float32)[..., None]
         phase = t * (2 * np.pi * w).astype(np.float32).reshape((1,) * (t.ndim - 1) + (-1,))
         return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class falling:  # noqa: N801  (reads as a function: frequencies=falling(shift=1))
+    """Sinusoidal features in the order of weights that were trained on t = 0 ... 999.   w_i = period^(-i / (n - shift))
+
+    The frequencies fall from one; the same set rises in `sinusoids`.
+    Args: shift: 0 or 1 in what is published.   cosines_first: [cos(w t), sin(w t)], else [sin, cos].   period: the longest.
+    Args of a call: t: any shape.   size: even, 2 n.   Returns: [*t.shape, size] float32.
+    Raises: ValueError: size odd, or n = shift.
+
+    Example:
+        >>> falling()(jnp.zeros(1), 4).tolist()
+        [[1.0, 1.0, 0.0, 0.0]]
+
+    Reference: Ho et al. 2020, arXiv:2006.11239, appendix B (the embedding of arXiv:1706.03762, section 3.5).
+    """
+
+    shift: float = 0
+    cosines_first: bool = True
+    period: float = 10000.0
+
+    def __call__(self, t: Any, size: int) -> jax.Array:
+        """The features at t."""
+        n = size // 2
+        if size < 2 or size % 2 or n == self.shift:
+            raise ValueError(
+                f"size of time features must be even, at least 2, and not twice shift={self.shift}; got {size}"
+            )
+        w = (self.period ** (-np.arange(n) / (n - self.shift))).astype(np.float32)
+        t = jnp.asarray(t, jnp.float32)[..., None]
+        phase = t * w.reshape((1,) * (t.ndim - 1) + (-1,))
+        parts = [jnp.cos(phase), jnp.sin(phase)]
+        return jnp.concatenate(parts if self.cosines_first else parts[::-1], axis=-1)
+
+
+@dataclasses.dataclass(frozen=True)
+class kept_fourier:  # noqa: N801  (reads as a function: frequencies=kept_fourier(16.0))
+    """As `fourier`, with frequencies that are kept with the parameters, `time/frequencies`, and not trained."""
+
+    scale: float = 16.0
+
+    def features(self, t: Any, w: Any) -> jax.Array:
+        """The features at t for frequencies w.   [sin(2 pi w t), cos(2 pi w t)]"""
+        t = jnp.asarray(t, jnp.float32)[..., None]
+        phase = 2 * np.pi * t * jax.lax.stop_gradient(w).reshape((1,) * (t.ndim - 1) + (-1,))
+        return jnp.concatenate([jnp.sin(phase), jnp.cos(phase)], axis=-1)
+
+
+# of the time: a range of sinusoids, (t, size) -> [*t.shape, size], or frequencies that are parameters
+Features = Frequencies | Callable[[Any, int], Any] | kept_fourier
 
 
 def grid_positions(height: int, width: int, size: int, max_period: float = 10000.0) -> np.ndarray:
@@ -127,10 +175,16 @@ class TimeCode(nn.Module):
     def __call__(self, t: Any) -> jax.Array:
         """Embed the time code."""
         size = self.size or self.features
-        h = self.frequencies(t, size) if callable(self.frequencies) else sinusoids(t, size, self.frequencies)
+        h = self._features(t, size)
         h = Dense(self.features, dtype=self.dtype, name="hidden")(constrain(h, "batch", ...))
         h = constrain(h, "batch", ..., "wide")
         return constrain(Dense(self.features, dtype=self.dtype, name="out")(self.act(h)), "batch", ...)
+
+    def _features(self, t: Any, size: int) -> jax.Array:
+        if isinstance(self.frequencies, kept_fourier):
+            init = nn.initializers.normal(self.frequencies.scale)
+            return self.frequencies.features(t, self.param("frequencies", init, (size // 2,), jnp.float32))
+        return self.frequencies(t, size) if callable(self.frequencies) else sinusoids(t, size, self.frequencies)
 
 
 def rows_of(table: Any, label: Any) -> jax.Array:
@@ -149,7 +203,7 @@ class LabelEmbedding(nn.Module):
     """A table of `num_classes + 1` vectors; the last one, index `num_classes`, is the learned "no label".   y =
     E[label]
 
-    A label outside [0, num_classes] gives NaN under jit, where it cannot be refused; `read_condition` refuses it
+    Without `null` there are `num_classes`, and no "no label". A label outside [0, num_classes] gives NaN under jit, where it cannot be refused; `read_condition` refuses it
     elsewhere.
     Args: label: [B] integers.   Returns: [B, features].
 
@@ -162,10 +216,12 @@ class LabelEmbedding(nn.Module):
     num_classes: int
     features: int
     dtype: Any = jnp.float32
+    null: bool = True
 
     @nn.compact
     def __call__(self, label: Any) -> jax.Array:
         """Look the labels up."""
         # Rows of unit variance, so that label and time code enter their sum with the same size.
-        table = self.param("table", fan_in_uniform(fan_in=1), (self.num_classes + 1, self.features), jnp.float32)
+        rows = self.num_classes + self.null
+        table = self.param("table", fan_in_uniform(fan_in=1), (rows, self.features), jnp.float32)
         return rows_of(table, label).astype(self.dtype)

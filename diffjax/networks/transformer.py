@@ -22,6 +22,7 @@ class TransformerBlock(nn.Module):
     heads: int
     expand: int
     dtype: Any
+    only_tokens: bool = False  # the first attention is to the tokens too
 
     @nn.compact
     def __call__(self, x: Any, layer: Any, tokens: Any, mask: Any) -> tuple[Any, None]:
@@ -29,7 +30,8 @@ class TransformerBlock(nn.Module):
         mark_layer(layer)
         n = x.shape[-1]
         biases = dict(qkv_bias=False, out_bias=True, dtype=self.dtype)
-        x = x + Attention(self.heads, **biases, name="attention")(LayerNorm(name="norm_attention")(x))
+        first = (tokens, mask) if self.only_tokens else ()
+        x = x + Attention(self.heads, **biases, name="attention")(LayerNorm(name="norm_attention")(x), *first)
         if tokens is not None:
             x = x + Attention(self.heads, **biases, name="cross")(LayerNorm(name="norm_cross")(x), tokens, mask)
         h = LayerNorm(name="norm_mlp")(x)
@@ -40,19 +42,30 @@ class TransformerBlock(nn.Module):
 
 
 def transformer(
-    x: Any, tokens: Any, mask: Any, *, heads: int, dtype: Any, depth: int = 1, expand: int = 4, remat: str = "none"
+    x: Any,
+    tokens: Any,
+    mask: Any,
+    *,
+    heads: int,
+    dtype: Any,
+    depth: int = 1,
+    expand: int = 4,
+    remat: str = "none",
+    norm: Any = GroupNorm,
+    only_tokens: bool = False,
 ) -> Any:
     """`depth` transformer blocks over all places, between linear maps.   x + W_out blocks(W_in norm(x)), W_out from zero
 
     A part for `UNet(mix=...)`.
-    Args: x: [B, *n, c].   tokens, mask: see `attention`.   heads: of both attentions.   remat: of each block.
+    Args: x: [B, *n, c].   tokens, mask: see `attention`.   heads: of both attentions.   remat: of each block.   norm: the
+    first.   only_tokens: both attentions are to the tokens.
     Returns: [B, *n, c].
 
     Reference: Rombach et al. 2022, arXiv:2112.10752, appendix E.2.
     """
     b, n = x.shape[0], x.shape[-1]
-    h = GroupNorm(name="norm_attention")(x).reshape(b, -1, n)
+    h = norm(name="norm_attention")(x).reshape(b, -1, n)
     h = Dense(n, dtype=dtype, name="proj_in")(h)
-    fields = dict(heads=heads, expand=expand, dtype=dtype)
+    fields = dict(heads=heads, expand=expand, dtype=dtype, only_tokens=only_tokens)
     h = repeat(TransformerBlock, fields, depth, h, (tokens, mask), scan=False, remat=remat)
     return x + Dense(n, zero=True, dtype=dtype, name="proj_out")(h).reshape(x.shape)

@@ -82,19 +82,23 @@ class UNet(nn.Module):
     kernel: int | tuple[int, ...] = 3  # of the convolutions, for all axes or by axis
     factor: Factor = 2  # of a level, for all axes or by axis: (1, 2, 2) keeps the first
     stem: int | None = None  # channels of the first convolution, default widths[0]
-    heads: int | None = None  # of every attention, default channels / head_size
+    heads: int | tuple[int, ...] | None = None  # of every attention, or of each level; default channels / head_size
     sinusoids: int | None = None  # sinusoidal features of the time, default as `code`
     norm: Any = GroupNorm
     block: Any = ResBlock
-    mix: Any = (
-        attend  # after the blocks of a level of attention: `attend`, `transformer`, or a tuple, one for each level
-    )
+    # after the blocks of a level of attention: `attend`, `transformer`, or a tuple, one for each such level, and perhaps
+    # one more for the bottom
+    mix: Any = attend
     late: bool = False  # upwards, `mix` after the last block of a level alone
     down: Any = pooled  # `pooled`, `strided`, `within`
     up: Any = repeated  # `repeated`, `enlarged`, `within`
     pyramid_in: Any = None  # `input_skip`, `input_residual`
     pyramid_out: Any = None  # (y, factor) -> y enlarged, where each level adds to the output: `double`, `fir_double`
     deep_vector: bool = False  # see `Code`
+    null_label: bool = True  # whether num_classes has a "no label" beside the classes, see `LabelEmbedding`
+    middle: tuple[bool, ...] | None = (
+        None  # blocks at the bottom, True with `mix`; default two, the first as the levels
+    )
     RULES: ClassVar[Rules] = (*ATTENTION, *RESIDUAL, *FILM, *CODE, *BLOCK, *GATE)  # along the mesh axis `model`
 
     @nn.compact
@@ -102,21 +106,22 @@ class UNet(nn.Module):
         """The network at state x, time code t and condition."""
         x = read_state(x, "[B, *n, C]")
         check_levels(self, x, self.factor)
-        if self.token_size and not self.attention:
+        middle = (bool(self.attention), False) if self.middle is None else self.middle
+        if self.token_size and not (self.attention or any(middle)):
             raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
         condition = condition_of(self, cond, x)
         kinds = (self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype)
-        code = Code(self.code, *kinds, sinusoids=self.sinusoids, deep_vector=self.deep_vector, name="code")
+        more = dict(deep_vector=self.deep_vector, null_label=self.null_label)
+        code = Code(self.code, *kinds, sinusoids=self.sinusoids, **more, name="code")
         c = code(read_time(t, x), condition)
         levels = range(len(self.widths))
         last = levels[-1]
         conv = part(Conv, kernel=self.kernel, form=self.conv, dtype=self.dtype)
         make = self._block(train)
 
-        def block(h: Any, level: int, attend: bool, name: str) -> Any:
-            n = self.widths[level]
-            heads = (self.heads or max(1, n // self.head_size)) if attend else 0
-            made = make(features=n, heads=heads, mix=self._mix(level), name=name)
+        def block(h: Any, level: int, attend: bool, name: str, bottom: bool = False) -> Any:
+            heads = self.heads_of(level) if attend else 0
+            made = make(features=self.widths[level], heads=heads, mix=self.mix_of(level, bottom), name=name)
             return made(h, c, condition.tokens, condition.mask)
 
         def resized(h: Any, name: str, resize: Any) -> Any:
@@ -137,8 +142,9 @@ class UNet(nn.Module):
                 if self.pyramid_in is not None:
                     h, pyramid = self.pyramid_in(h, pyramid, here)
                 skips.append(h)
-        h = block(h, last, bool(self.attention), "middle_0")
-        h = Tap(name="bottleneck")(block(h, last, False, "middle_1"))
+        for j, attend in enumerate(middle):
+            h = block(h, last, attend, f"middle_{j}", bottom=True)
+        h = Tap(name="bottleneck")(h)
         y = None
         for i in reversed(levels):
             for j in range(self.blocks + 1):
@@ -161,13 +167,23 @@ class UNet(nn.Module):
         same |= dict(kernel=self.kernel, norm=self.norm)
         return part(rematerialised(block.make, self.remat), **(same | dict(block.given)))
 
-    def _mix(self, level: int) -> Any:
-        """What follows the blocks of a level of attention, and of the bottom, which has that of the last of them."""
+    def heads_of(self, level: int) -> int:
+        """How many heads the attention of a level has."""
+        if isinstance(self.heads, tuple):
+            if len(self.heads) != len(self.widths):
+                raise ValueError(f"heads must be one number, or one for each of widths={self.widths}; got {self.heads}")
+            return self.heads[level]
+        return self.heads or max(1, self.widths[level] // self.head_size)
+
+    def mix_of(self, level: int, bottom: bool) -> Any:
+        """What follows the blocks of a level of attention; the bottom has its own, or that of the last level of attention."""
         if not isinstance(self.mix, tuple):
             return self.mix
-        if len(self.mix) != len(self.attention):
+        if len(self.mix) - len(self.attention) not in (0, 1) or not self.mix:
             raise ValueError(
-                f"mix must be one part, or one for each level of attention={self.attention}; got {len(self.mix)} parts"
+                f"mix must be one part, or one for each level of attention={self.attention}, and perhaps one for the "
+                f"bottom; got {len(self.mix)} parts"
             )
-        at = dict(zip(self.attention, self.mix, strict=True))
-        return at.get(level, self.mix[-1])
+        if bottom and len(self.mix) > len(self.attention):
+            return self.mix[-1]
+        return dict(zip(self.attention, self.mix, strict=False)).get(level, self.mix[-1])

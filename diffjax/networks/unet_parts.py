@@ -84,6 +84,11 @@ def attend(
     return x
 
 
+def unnormalised(name: str) -> Any:
+    """No norm, in the place of one: the identity."""
+    return lambda x: x
+
+
 def scaled(x: Any, by: float) -> Any:
     """`by * x`, without a multiplication by one."""
     return x if by == 1.0 else x * by

@@ -297,7 +297,11 @@ def test_one_axis_is_two_with_kernels_of_one():
         (nw.UNet(factor=(1, 2)), (4, 3), "divisible by 1 x 2"),
         (nw.UNet(factor=(1, 2)), (4, 4, 4), "factor=.1, 2. must have one number for each axis"),
         (nw.UNet(kernel=(3,)), (4, 4), "kernel=.3,. must have one number"),
-        (nw.UNet(mix=(attend, attend)), (4, 4), "mix must be one part, or one for each level of attention=.1,.; got 2"),
+        (
+            nw.UNet(mix=(attend,) * 3),
+            (4, 4),
+            "mix must be one part, or one for each level of attention=.1,., and .* got 3",
+        ),
         (nw.UNet(norm=part(GroupNorm, groups=5)), (4, 4), "divisible by groups=5; got 16"),
     ],
 )
