@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from diffjax.interop import autoencoders, guided, text_unets, unets
+from diffjax.interop import autoencoders, control, guided, text_unets, unets
 from diffjax.interop.peer import Peer
 
 CLASSES: dict[str, Peer] = {
@@ -11,4 +11,5 @@ CLASSES: dict[str, Peer] = {
     "UNet2DModel": unets.PEER,
     "UNet2DConditionModel": text_unets.PEER,
     "GuidedDiffusion": guided.PEER,
+    "ControlNetModel": control.PEER,
 }

@@ -21,7 +21,8 @@ SHOWN = 12  # names of a list in a message
 class Kind(NamedTuple):
     """A pair of inverse functions.   read(*theirs) -> ours,   write(ours) -> theirs, a tuple
 
-    Where several arrays of ours are made together, read returns a tuple and write takes as many. Both only move numbers. `write` uses methods of arrays alone, so that shapes can be traced through it.
+    Where several arrays of ours are made together, read returns a tuple and write takes as many. Both only move numbers.
+    `write` uses methods of arrays alone, so that shapes can be traced through it.
     """
 
     name: str

@@ -182,8 +182,9 @@ def config(module: UNet) -> dict[str, Any]:
     down = options.name_of(DOWN, module.down, "down")
     up = options.name_of(UP, module.up, "up")
     bottom = given(module.mix[-1] if isinstance(module.mix, tuple) else module.mix)[1].get("norm", GroupNorm)
+    kinds = lambda way: (way,) if skip else (way, None)
     names = lambda table, way: [
-        next(name for name, (kind, also) in table.items() if also == (i in module.attention) and kind in (way, None))
+        next(name for name, (kind, also) in table.items() if also == (i in module.attention) and kind in kinds(way))
         for i in range(len(module.widths))
     ]
     fourier = isinstance(module.frequencies, kept_fourier)

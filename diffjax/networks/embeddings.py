@@ -203,8 +203,8 @@ class LabelEmbedding(nn.Module):
     """A table of `num_classes + 1` vectors; the last one, index `num_classes`, is the learned "no label".   y =
     E[label]
 
-    Without `null` there are `num_classes`, and no "no label". A label outside [0, num_classes] gives NaN under jit, where it cannot be refused; `read_condition` refuses it
-    elsewhere.
+    Without `null` there are `num_classes`, and no "no label". A label outside gives NaN under jit, where it cannot be
+    refused; `read_condition` refuses it elsewhere.
     Args: label: [B] integers.   Returns: [B, features].
 
     Example:

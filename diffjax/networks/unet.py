@@ -142,8 +142,8 @@ class UNet(nn.Module):
                 if self.pyramid_in is not None:
                     h, pyramid = self.pyramid_in(h, pyramid, here)
                 skips.append(h)
-        for j, attend in enumerate(middle):
-            h = block(h, last, attend, f"middle_{j}", bottom=True)
+        for j, attends in enumerate(middle):
+            h = block(h, last, attends, f"middle_{j}", bottom=True)
         h = Tap(name="bottleneck")(h)
         y = None
         for i in reversed(levels):
