@@ -7,8 +7,9 @@ read by `open_tensors` and a table of `Rule`s. Nothing is downloaded, and no pic
 from __future__ import annotations
 
 from diffjax.interop.classes import CLASSES
+from diffjax.interop.originals import load_dit
 from diffjax.interop.peer import Peer
-from diffjax.interop.pretrained import Pretrained, as_pretrained, load_pretrained, save_pretrained
+from diffjax.interop.pretrained import Pretrained, as_pretrained, from_tensors, load_pretrained, save_pretrained
 from diffjax.interop.rules import Kind, Rule, compare, load, save
 from diffjax.interop.tensors import Tensors, open_tensors, write, write_folder
 
@@ -21,7 +22,9 @@ __all__ = [
     "Tensors",
     "as_pretrained",
     "compare",
+    "from_tensors",
     "load",
+    "load_dit",
     "load_pretrained",
     "open_tensors",
     "save",

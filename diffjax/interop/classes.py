@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from diffjax.interop import autoencoders, control, guided, text_unets, unets
+from diffjax.interop import autoencoders, dit, dit_original, guided, mmdit, text_unets, unets
 from diffjax.interop.peer import Peer
 
 CLASSES: dict[str, Peer] = {
     "AutoencoderKL": autoencoders.KL,
+    "DiT": dit_original.DIT,
+    "DiTTransformer2DModel": dit.PEER,
+    "FluxTransformer2DModel": mmdit.FLUX_PEER,
+    "SD3Transformer2DModel": mmdit.SD3_PEER,
+    "SiT": dit_original.SIT,
+    "Transformer2DModel": dit.TRANSFORMER,
     "VQModel": autoencoders.VQ,
     "UNet2DModel": unets.PEER,
     "UNet2DConditionModel": text_unets.PEER,

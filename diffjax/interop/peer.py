@@ -16,6 +16,16 @@ def plain(module: Any, config: Config) -> Any:
     return from_linen(module)
 
 
+def as_it_is(module: Any, config: Config, tensors: Any) -> Any:
+    """The module of the configuration fits all tensors."""
+    return module
+
+
+def no_buffers(module: Any, config: Config) -> Mapping[str, Any]:
+    """Their files hold parameters alone."""
+    return {}
+
+
 class Peer(NamedTuple):
     """A class of another library as networks of ours.
 
@@ -26,6 +36,8 @@ class Peer(NamedTuple):
     `example(module, config)`: arguments of `module.init` after the key, `ShapeDtypeStruct`s.
     `fn(module, config)`: the function `fn(params, x, t, cond)`, with their conventions of time and condition.
     `latent(module, config)`: of an autoencoder, shift and scale of `latent.LatentSpace`, each [c].
+    `fit(module, config, tensors)`: the module for these tensors, where they say more than the configuration.
+    `buffers(module, config)`: arrays that are no parameters of ours and yet in their files: written, and not read.
     `ignored`: patterns of tensors that may be there and are not read.   `renames`: patterns of older names, with new ones.
     """
 
@@ -35,6 +47,8 @@ class Peer(NamedTuple):
     example: Callable[[Any, Config], tuple]
     fn: Callable[[Any, Config], Any] = plain
     latent: Callable[[Any, Config], tuple[Any, Any]] | None = None
+    fit: Callable[[Any, Config, Any], Any] = as_it_is
+    buffers: Callable[[Any, Config], Mapping[str, Any]] = no_buffers
     ignored: tuple[str, ...] = ()
     renames: tuple[tuple[str, str], ...] = ()
     by_config: bool = False

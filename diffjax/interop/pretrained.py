@@ -113,13 +113,24 @@ def load_pretrained(folder: Any, dtype: Any = None, *, weights: Any = None) -> P
     """
     folder = pathlib.Path(folder)
     config = read_config(folder)
+    peer_of(config["_class_name"])
+    model = from_tensors(tensors.open_tensors(_weights(folder, weights)), config, dtype)
+    return dataclasses.replace(model, scheduler=read_scheduler(folder), documents=read_documents(folder))
+
+
+def from_tensors(found: Any, config: Mapping[str, Any], dtype: Any = None) -> Pretrained:
+    """A network from tensors at hand and its configuration, whose `_class_name` is the class.
+
+    Args: found: `Tensors`, or a mapping of names to arrays.   config, dtype: see `load_pretrained`.
+    Raises: as `load_pretrained`.
+    """
     peer = peer_of(config["_class_name"])
-    module = peer.network(config)
-    found = tensors.open_tensors(_weights(folder, weights))
+    module = peer.fit(peer.network(config), config, found)
     template = template_of(peer, module, config)
-    options = dict(ignored=peer.ignored, renames=peer.renames)
+    fixed = tuple(f"^{re.escape(name)}$" for name in peer.buffers(module, config))
+    options = dict(ignored=(*peer.ignored, *fixed), renames=peer.renames)
     params = rules.load(peer.table(module, config), found, template, dtype=dtype, **options)
-    return Pretrained(config["_class_name"], module, params, config, read_scheduler(folder), read_documents(folder))
+    return Pretrained(config["_class_name"], module, params, dict(config))
 
 
 def save_pretrained(folder: Any, model: Pretrained, *, shard: int = tensors.SHARD) -> None:
@@ -137,8 +148,10 @@ def save_pretrained(folder: Any, model: Pretrained, *, shard: int = tensors.SHAR
     new = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         new.chmod(0o755)
-        table = CLASSES[model.kind].table(model.module, model.config)
-        tensors.write_folder(new, rules.save(table, model.params), {"format": "pt"}, shard=shard)
+        peer = CLASSES[model.kind]
+        table, buffers = (of(model.module, model.config) for of in (peer.table, peer.buffers))
+        arrays = rules.save(table, model.params, buffers)
+        tensors.write_folder(new, arrays, {"format": "pt"}, shard=shard)
         _write_json(new / CONFIG, {**model.config, "_class_name": model.kind})
         if model.scheduler is not None:
             _write_json(new / SCHEDULER, model.scheduler)

@@ -129,14 +129,44 @@ def shaped(ours: tuple[int, ...], theirs: tuple[int, ...]) -> Kind:
 
 
 @functools.cache
+def beside(n: int) -> Kind:
+    """One matrix for inputs behind each other as a kernel for each.   [out, n + m] <-> [n, out], [m, out]"""
+    write = lambda a, b: (a.__array_namespace__().concatenate([a.T, b.T], axis=1),)
+    return Kind(f"beside({n})", lambda a: (a[:, :n].T, a[:, n:].T), write)
+
+
+@functools.cache
+def copies(kind: Kind, n: int) -> Kind:
+    """The same array under n names; the first is read."""
+    return Kind(f"copies({kind.name}, {n})", lambda a, *more: kind.read(a), lambda a: kind.write(a) * n)
+
+
+@functools.cache
 def stacked(kind: Kind, depth: int, n: int = 1) -> Kind:
     """`depth` equal layers as one array with a leading axis; their names layer by layer, n of each."""
 
     def read(*arrays: Any) -> Any:
-        return np.stack([kind.read(*arrays[i : i + n]) for i in range(0, depth * n, n)])
+        found = [kind.read(*arrays[i : i + n]) for i in range(0, depth * n, n)]
+        return tuple(map(np.stack, zip(*found, strict=True))) if isinstance(found[0], tuple) else np.stack(found)
 
-    write = lambda a: tuple(part for i in range(depth) for part in kind.write(a[i]))
+    write = lambda *ours: tuple(part for i in range(depth) for part in kind.write(*(a[i] for a in ours)))
     return Kind(f"stacked({kind.name}, {depth})", read, write)
+
+
+def blocks(ours: str, depth: int, rules_of: Callable[[int], list[Rule]], *, scan: bool = False) -> list[Rule]:
+    """The rules of equal blocks as `layers.repeat` makes them: `ours/block_i/...`, or `ours/blocks/...` stacked.
+
+    Args: ours: where they are, with a slash behind it unless empty.   rules_of: the rules of the i-th block, relative to it.
+    """
+    placed = lambda rule, name: tuple(f"{ours}{name}/{a}" for a in rule.paths)
+    one = lambda rule, name: placed(rule, name)[0] if isinstance(rule.ours, str) else placed(rule, name)
+    if not scan:
+        return [rule._replace(ours=one(rule, f"block_{i}")) for i in range(depth) for rule in rules_of(i)]
+    found = []
+    for same_layer in zip(*(rules_of(i) for i in range(depth)), strict=True):
+        first, names = same_layer[0], tuple(name for rule in same_layer for name in rule.theirs)
+        found.append(Rule(one(first, "blocks"), names, stacked(first.kind, depth, len(first.theirs))))
+    return found
 
 
 def layer(ours: str, theirs: str, kind: Kind = dense, *, bias: bool = True) -> list[Rule]:
@@ -281,10 +311,13 @@ def _shapes(tensors: Any) -> dict[str, Any]:
 class Saved(Mapping):
     """Their arrays, each made from ours when it is asked for."""
 
-    places: Mapping[str, tuple[Rule, int]]
+    places: Mapping[str, tuple[Rule, int] | None]
     leaves: Mapping[str, Any]
+    buffers: Mapping[str, Any]
 
     def __getitem__(self, name: str) -> np.ndarray:
+        if name in self.buffers:
+            return np.asarray(self.buffers[name])
         rule, i = self.places[name]
         return np.asarray(rule.kind.write(*(np.asarray(self.leaves[name]) for name in rule.paths))[i])
 
@@ -295,11 +328,14 @@ class Saved(Mapping):
         return len(self.places)
 
 
-def save(rules: Sequence[Rule], params: PyTree) -> Saved:
+def save(rules: Sequence[Rule], params: PyTree, buffers: Mapping[str, Any] | None = None) -> Saved:
     """Our parameters as their tensors: a mapping, the inverse of `load`.
 
+    Args: buffers: what else the file shall hold, in the dtype of the parameters if they have one.
     Raises: ValueError: the rules are not of this network.
     """
     shapes_of(rules, params)
     places = {name: (rule, i) for rule in rules for i, name in enumerate(rule.theirs)}
-    return Saved(dict(sorted(places.items())), dict(partial.named(params)))
+    dtypes = {a.dtype for _, a in partial.named(params)}
+    fixed = {name: np.asarray(a, *(dtypes if len(dtypes) == 1 else ())) for name, a in (buffers or {}).items()}
+    return Saved(dict(sorted({**places, **dict.fromkeys(fixed)}.items())), dict(partial.named(params)), fixed)

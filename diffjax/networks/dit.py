@@ -60,6 +60,8 @@ class DiTBlock(nn.Module):
     route: Callable[..., Any] | None = None
     mixing: Mixing = full
     grid: tuple[int, int] | None = None
+    qkv_bias: bool = True
+    mlp_eps: float = 1e-6
 
     @nn.compact
     def __call__(
@@ -74,13 +76,13 @@ class DiTBlock(nn.Module):
         adaptive = constrain(adaptive, "batch", None)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(adaptive[:, None], 6, axis=-1)
         h = modulate(plain_norm(x), shift_a, scale_a)
-        attention = Attention(self.heads, self.qk_norm, dtype=self.dtype, mixing=self.mixing, name="attention")
-        h = attention(h, angles=angles, grid=self.grid)
+        fields = dict(dtype=self.dtype, qkv_bias=self.qkv_bias, mixing=self.mixing)
+        h = Attention(self.heads, self.qk_norm, **fields, name="attention")(h, angles=angles, grid=self.grid)
         x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "tokens", None)
         if tokens is not None:
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
             x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "tokens", None)
-        h = modulate(plain_norm(x), shift_m, scale_m)
+        h = modulate(plain_norm(x, self.mlp_eps), shift_m, scale_m)
         fields = dict(expand=self.expand, act=self.act, dropout=self.dropout, train=self.train, dtype=self.dtype)
         h = self.feed_forward(h, **fields)
         x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "tokens", None)
@@ -133,6 +135,9 @@ class DiT(nn.Module):
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
     mixing: Mixing = full  # of self-attention, or `local.Circle(radius)`: same parameters
+    qkv_bias: bool = True
+    mlp_eps: float = 1e-6  # of the norm before the feed-forward part
+    own_codes: bool = False  # each block has a code of its own; the last modulation reads the first
     RULES: ClassVar[Rules] = (*ATTENTION, *BLOCK, *EXPERTS, *FILM, *CODE)  # along the mesh axis `model`
 
     @nn.compact
@@ -143,18 +148,7 @@ class DiT(nn.Module):
         p = self.patch
         check_patch(self, x, p)
         condition = condition_of(self, cond, x)
-        code = Code(
-            self.width,
-            self.num_classes,
-            self.vector_size,
-            self.frequencies,
-            dtype=self.dtype,
-            sinusoids=self.sinusoids,
-            name="code",
-        )
-        routed = self.route is not None
-        c = code(read_time(t, x), condition, with_time=routed)
-        c, time = c if routed else (c, None)
+        c, codes, time = self._code(read_time(t, x), condition)
         z = condition.joined(x, self.dtype)
         z = Dense(self.width, dtype=self.dtype, name="in")(patches(z, p))
         if self.positions is not None:
@@ -174,15 +168,34 @@ class DiT(nn.Module):
             route=self.route,
             mixing=self.mixing,
             grid=(h // p, w // p),
+            qkv_bias=self.qkv_bias,
+            mlp_eps=self.mlp_eps,
         )
-        args = (c, condition.tokens, condition.mask, angles, time)
-        z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat)
+        args = (condition.tokens, condition.mask, angles, time)
+        args = args if self.own_codes else (c, *args)
+        z = repeat(DiTBlock, fields, self.depth, z, args, scan=self.scan_layers, remat=self.remat, own=codes)
         film = constrain(Dense(2 * self.width, zero=True, dtype=self.dtype, name="film")(c), "batch", None)
         shift, scale = jnp.split(film, 2, axis=-1)
         z = modulate(plain_norm(z), shift, scale)
         out = self.out_channels or channels
         y = Dense(p * p * out, zero=True, dtype=self.dtype, name="out")(z)
         return unpatches(y, p, h, w).astype(at_least_float32(x.dtype))
+
+    def _code(self, t: Any, condition: Any) -> tuple[Any, Any, Any]:
+        """The code, those of the blocks if they have their own, and that of time alone if blocks are routed by it."""
+        fields = dict(dtype=self.dtype, sinusoids=self.sinusoids)
+        routed = self.route is not None
+
+        def code(name: str) -> tuple[Any, Any]:
+            made = Code(self.width, self.num_classes, self.vector_size, self.frequencies, **fields, name=name)
+            c = made(t, condition, with_time=routed)
+            return c if routed else (c, None)
+
+        if not self.own_codes:
+            c, time = code("code")
+            return c, None, time
+        codes = [code(f"code_{i}") for i in range(self.depth)]
+        return codes[0][0], jnp.stack([c for c, _ in codes]), codes[0][1]
 
 
 # width, depth, heads: Table 1 of arXiv:2212.09748; arXiv:2401.08740 (SiT) has the same four networks

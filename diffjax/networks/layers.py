@@ -187,25 +187,30 @@ def rematerialised(block: Any, policy: str, *, prevent_cse: bool = True) -> Any:
     return nn.remat(block, prevent_cse=prevent_cse, policy=REMAT[policy])
 
 
-def repeat(block: Any, fields: dict[str, Any], depth: int, x: Any, args: tuple, *, scan: bool, remat: str) -> Any:
+def repeat(
+    block: Any, fields: dict[str, Any], depth: int, x: Any, args: tuple, *, scan: bool, remat: str, own: Any = None
+) -> Any:
     """`depth` equal blocks after each other: a Python loop over `block_0, block_1, ...`, or `nn.scan` over `blocks`.
 
     A block is called as `block(**fields)(x, layer, *args)` and returns `(x, None)`; `layer` is its index when
-    scanned, else None. To be called inside a compact method.
+    scanned, else None. `own` [depth, ...] has what each block is given before `args`, if anything. To be called inside a
+    compact method.
     """
     block = rematerialised(block, remat, prevent_cse=not scan)
     if not scan:
         for i in range(depth):
-            x, _ = block(**fields, name=f"block_{i}")(x, None, *args)
+            first = () if own is None else (own[i],)
+            x, _ = block(**fields, name=f"block_{i}")(x, None, *first, *args)
         return x
+    each = () if own is None else (own,)
     scanned = nn.scan(
         block,
         variable_axes={"params": 0, "taps": 0},
         split_rngs={"params": True, "dropout": True},
-        in_axes=(0, *(nn.broadcast for _ in args)),
+        in_axes=(0, *(0 for _ in each), *(nn.broadcast for _ in args)),
         length=depth,
     )
-    x, _ = scanned(**fields, name="blocks")(x, jnp.arange(depth), *args)
+    x, _ = scanned(**fields, name="blocks")(x, jnp.arange(depth), *each, *args)
     return x
 
 

@@ -29,7 +29,7 @@ ATTENTION: Rules = (
     (r"(attention|cross)/(qkv|q_in|kv)/(kernel|bias)$", COLUMN),
     (r"(attention|cross)/out/kernel$", ROW),
 )
-CODE: Rules = ((r"code/time/hidden/(kernel|bias)$", COLUMN), (r"code/time/out/kernel$", ROW))
+CODE: Rules = ((r"code(_\d+)?/time/hidden/(kernel|bias)$", COLUMN), (r"code(_\d+)?/time/out/kernel$", ROW))
 FILM: Rules = ((r"film/(kernel|bias)$", COLUMN),)  # the modulation itself is small, and gathered
 BLOCK: Rules = ((r"block(s|_\d+)/hidden/(kernel|bias)$", COLUMN), (r"block(s|_\d+)/out/kernel$", ROW))
 GATE: Rules = ((r"block(s|_\d+)/gate/(kernel|bias)$", COLUMN),)  # multiplied with what `hidden` of BLOCK gives

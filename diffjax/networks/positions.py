@@ -93,9 +93,10 @@ class LearnedTable(nn.Module):
 class Learned:
     """Learned positions of one grid, interpolated to others if `resize`.
 
-    Args: height, width: of the grid that has parameters.   resize: bicubic interpolation for any other grid.
+    Args: height, width: of the grid that has parameters.   resize: bicubic interpolation for any other grid.   crop: a
+        smaller grid is cut from the middle.
     Returns: of a call, [height width, size]; its parameter is `positions/table` of the network that calls it.
-    Raises: ValueError: another grid, without `resize`.
+    Raises: ValueError: another grid, without `resize`; a larger one, with `crop` alone.
 
     Example:
         >>> class Net(nn.Module):
@@ -107,11 +108,13 @@ class Learned:
     height: int
     width: int
     resize: bool = False
+    crop: bool = False
 
     def __call__(self, height: int, width: int, size: int) -> jax.Array:
         """The table of a grid, inside a compact method."""
         own = (self.height, self.width)
-        if (height, width) != own and not self.resize:
+        inside = self.crop and height <= self.height and width <= self.width
+        if (height, width) != own and not self.resize and not inside:
             raise ValueError(
                 f"learned positions are for {self.height} x {self.width} patches; got {height} x {width}. Give "
                 f"Learned({self.height}, {self.width}, resize=True) to interpolate them"
@@ -119,6 +122,9 @@ class Learned:
         table = LearnedTable(self.height * self.width, size, name="positions")()
         if (height, width) == own:
             return table
+        if inside:
+            top, left = (self.height - height) // 2, (self.width - width) // 2
+            return table.reshape(*own, size)[top : top + height, left : left + width].reshape(-1, size)
         table = jax.image.resize(table.reshape(*own, size), (height, width, size), "bicubic")
         return table.reshape(height * width, size)
 
