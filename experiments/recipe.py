@@ -67,11 +67,12 @@ def between(low: float, high: float) -> Bound:
 class Recipe:
     """What is claimed, and by whom.
 
-    Args: ledger: number of the method in the list that this project covers.   paper: `arXiv:...`, or a title.   claim:
+    Args: ledger: number of the method in the list that this project covers, None for one beside it.   paper: `arXiv:...`, or
+    a title.   claim:
     one sentence.   expect: name of a figure that `run` returns -> its bound.   minutes: of the full run, on 2 cores.
     """
 
-    ledger: int
+    ledger: int | None
     paper: str
     claim: str
     expect: Mapping[str, Bound]
@@ -175,7 +176,8 @@ def table() -> str:
         "| id | recipe | claim | expected | reached | minutes | picture |",
         "|---|---|---|---|---|---|---|",
     ]
-    loaded = sorted(((load(slug), slug) for slug in slugs()), key=lambda pair: (pair[0].RECIPE.ledger, pair[1]))
+    number = lambda recipe: math.inf if recipe.ledger is None else recipe.ledger
+    loaded = sorted(((load(slug), slug) for slug in slugs()), key=lambda pair: (number(pair[0].RECIPE), pair[1]))
     for module, slug in loaded:
         recipe, path = module.RECIPE, RESULTS / f"{slug}.json"
         page = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"figures": {}, "minutes": "not run"}
@@ -186,7 +188,7 @@ def table() -> str:
             reached.append(f"{value:.3g}{mark}" if value is not None else "-" + mark)
         image = path.with_suffix(".png")
         cells = (
-            recipe.ledger,
+            "" if recipe.ledger is None else recipe.ledger,
             f"[{title(module)}]({slug}.py), {recipe.paper}",
             recipe.claim,
             "<br>".join(f"{name} {bound}" for name, bound in recipe.expect.items()),
