@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from diffjax.interop import autoencoders, control, guided, text_unets, unets
-from diffjax.interop import autoencoders, dit, dit_original, guided, mmdit, text_unets, unets
+from diffjax.interop import autoencoders, control, dit, dit_original, guided, mmdit, text_unets, unets
 from diffjax.interop.peer import Peer
 
 CLASSES: dict[str, Peer] = {

@@ -1,8 +1,8 @@
 """ControlNetModel of diffusers as parameters of the adapter `adapters.controlnet`.
 
-    base, control = load_pretrained("unet"), load_pretrained("controlnet")
-    fn = adapt(base.fn, edge=control.fn)
-    y = fn({"base": base.params, "adapters": {"edge": control.params}}, x, t, {"tokens": tokens, "edge": picture})
+base, control = load_pretrained("unet"), load_pretrained("controlnet")
+fn = adapt(base.fn, edge=control.fn)
+y = fn({"base": base.params, "adapters": {"edge": control.params}}, x, t, {"tokens": tokens, "edge": picture})
 """
 
 from __future__ import annotations
@@ -94,6 +94,4 @@ def example(module: Control, config: Config) -> tuple:
     return x, t, cond, jax.ShapeDtypeStruct(shape, np.float32)
 
 
-PEER = Peer(
-    network, config, rules, example, fn=lambda module, config: module.adapter, renames=OLD, by_config=True
-)
+PEER = Peer(network, config, rules, example, fn=lambda module, config: module.adapter, renames=OLD, by_config=True)
