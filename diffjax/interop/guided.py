@@ -14,11 +14,10 @@ from typing import Any
 
 import jax
 
-from diffjax.interop import options
+from diffjax.interop import options, unets
 from diffjax.interop.peer import Config, Peer
 from diffjax.interop.rules import Kind, Rule, by_head_fused, chunks, conv, conv1x1, dense, layer, norm, pointwise, same
 from diffjax.interop.unet_rules import PAIR, attending, check_same, given, norm_of
-from diffjax.interop.unets import example
 from diffjax.networks import UNet, falling, part
 from diffjax.networks.layers import GroupNorm
 from diffjax.networks.resample import double, halve
@@ -180,6 +179,11 @@ def fused(heads: int) -> tuple[Kind, Kind]:
     bias = by_head_fused(heads, 3)
     write = lambda a: (bias.write(a)[0][..., None],)
     return Kind(f"{bias.name} pointwise", lambda a: bias.read(a[..., 0]), write), bias
+
+
+def example(module: UNet, config: Config) -> tuple:
+    """One state of the smallest size, its time and its condition."""
+    return unets.example(module, {"in_channels": 3 + module.image_channels})
 
 
 PEER = Peer(network, config, rules, example, by_config=True)

@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.interop import options
+from diffjax.interop.autoencoders import OLD
 from diffjax.interop.peer import Config, Peer
 from diffjax.interop.rules import Rule, conv1x1, dense
 from diffjax.interop.unet_rules import (
     DOWN,
-    OLD,
     SHIFTS,
     check_same,
     code_rules,

@@ -14,11 +14,6 @@ from diffjax.networks.resample import fir_halve, halve
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet_parts import ResBlock, added, attend, film, strided, unnormalised, within
 
-# names of attention layers before diffusers 0.15, in weights that are still in use
-OLD = tuple(
-    (rf"(attentions\.\d+)\.{old}\.", rf"\1.{new}.")
-    for old, new in {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}.items()
-)
 SHIFTS = {"default": added, "scale_shift": film}  # resnet_time_scale_shift
 DOWN = {
     "conv": strided,

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.interop import options
+from diffjax.interop.autoencoders import OLD
 from diffjax.interop.peer import Config, Peer
 from diffjax.interop.rules import Rule
 from diffjax.interop.unet_rules import (
     DOWN,
-    OLD,
     SHIFTS,
     attending,
     check_same,

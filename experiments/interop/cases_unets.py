@@ -152,7 +152,7 @@ TEXT = (
     ),
     # as Stable Diffusion XL: depths by level, a pooled text and numbers
     text(
-        "sdxl", (2, 4, 8, 8), True, (("pooled", (2, 5)), ("numbers", (2, 6))), block_out_channels=[8, 16],
+        "sdxl", (2, 4, 8, 8), True, (("pooled", (2, 5)), ("numbers", (2, 6))), block_out_channels=[8, 8],
         norm_num_groups=4, cross_attention_dim=6, attention_head_dim=[1, 2], transformer_layers_per_block=[1, 2],
         use_linear_projection=True, addition_embed_type="text_time", addition_time_embed_dim=4,
         projection_class_embeddings_input_dim=29, layers_per_block=1, **crossed(False, True),
