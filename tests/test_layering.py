@@ -33,7 +33,7 @@ ALLOWED = {
     "testing": MIDDLE | {"solvers", "sampling"},
     "training": MIDDLE | {"losses"},
     "adapters": BASE | {"networks", "training"},
-    "interop": MIDDLE | {"networks", "training", "adapters", "latent"},
+    "interop": MIDDLE | {"networks", "training", "adapters", "latent", "solvers", "guidance"},
     "latent": MIDDLE | {"networks", "data", "training"},
     "references": BASE,
     "cli": MIDDLE

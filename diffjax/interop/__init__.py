@@ -10,25 +10,36 @@ from diffjax.interop.classes import CLASSES
 from diffjax.interop.originals import load_dit
 from diffjax.interop.peer import Peer
 from diffjax.interop.pretrained import Pretrained, as_pretrained, from_tensors, load_pretrained, save_pretrained
+from diffjax.interop.pipeline import Pipeline, load_pipeline, save_pipeline
+from diffjax.interop.pretrained import Pretrained, as_pretrained, load_pretrained, save_pretrained
 from diffjax.interop.rules import Kind, Rule, compare, load, save
+from diffjax.interop.schedule import KINDS as SCHEDULERS
+from diffjax.interop.schedule import Schedule, read_schedule, schedule_config
 from diffjax.interop.tensors import Tensors, open_tensors, write, write_folder
 
 __all__ = [
     "CLASSES",
     "Kind",
     "Peer",
+    "Pipeline",
     "Pretrained",
     "Rule",
+    "SCHEDULERS",
+    "Schedule",
     "Tensors",
     "as_pretrained",
     "compare",
     "from_tensors",
     "load",
     "load_dit",
+    "load_pipeline",
     "load_pretrained",
     "open_tensors",
+    "read_schedule",
     "save",
+    "save_pipeline",
     "save_pretrained",
+    "schedule_config",
     "write",
     "write_folder",
 ]

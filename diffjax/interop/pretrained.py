@@ -17,10 +17,12 @@ import jax
 from diffjax.interop import rules, tensors
 from diffjax.interop.classes import CLASSES
 from diffjax.interop.peer import Peer
+from diffjax.interop.schedule import Schedule, read_schedule
 from diffjax.latent import LatentSpace
 from diffjax.networks import parameter_count
 from diffjax.numerics import PyTree
 from diffjax.training import CheckpointError, partial
+from diffjax.types import Cond, Denoiser
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
@@ -69,6 +71,25 @@ class Pretrained:
             raise ValueError(f"{self.kind} is no autoencoder, so that it has no latent space")
         shift, scale = scale_of(self.module, self.config)
         return LatentSpace(self.fn(self.params), shift, scale)
+
+    def schedule(self) -> Schedule:
+        """What the scheduler beside it means: the process, the grid and the solver.
+
+        Raises: ValueError: none was found, or it has no counterpart here.
+        """
+        if self.scheduler is None:
+            raise ValueError(
+                f"no {SCHEDULER} was found beside this {self.kind}, so that its noise levels are not known; give "
+                "denoiser(read_schedule({'_class_name': ..., ...}))"
+            )
+        return read_schedule(self.scheduler)
+
+    def denoiser(self, schedule: Schedule | None = None, *, null: Cond = None, guide: Any = None) -> Denoiser:
+        """The network as a denoiser, to be bound to a condition and sampled.
+
+        Args: schedule: default that of the scheduler beside it.   null, guide: see `Schedule.denoiser`.
+        """
+        return (schedule or self.schedule()).denoiser(self.fn, self.params, null=null, guide=guide)
 
     def __repr__(self) -> str:
         return (
