@@ -10,6 +10,7 @@ from diffjax.adapters.attention import ParallelAttention, ValueMixing, parallel_
 from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.difference import Difference, difference
+from diffjax.adapters.diversion import Diversion, diversion
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
 from diffjax.adapters.inversion import LabelInversion, TextualInversion, label_inversion, textual_inversion
 from diffjax.adapters.lora import LoRA, lora
@@ -23,6 +24,7 @@ __all__ = [
     "ControlNet",
     "ControlTransformer",
     "Difference",
+    "Diversion",
     "LabelInversion",
     "LoRA",
     "ParallelAttention",
@@ -34,6 +36,7 @@ __all__ = [
     "control_transformer",
     "controlnet",
     "difference",
+    "diversion",
     "fingerprint",
     "label_inversion",
     "load_adapter",
@@ -51,6 +54,7 @@ CATALOGUE: dict[str, Card] = {
     "controlnet": Card(controlnet, "arXiv:2302.05543", "a copy of the encoder adds through zero convolutions"),
     "control_transformer": Card(control_transformer, "arXiv:2401.05252", "a copy of the first blocks adds likewise"),
     "difference": Card(difference, "", "theta + w delta of chosen arrays"),
+    "diversion": Card(diversion, "xie2026divcontrol#Eq. 4", "control_transformer in rank-one parts, some gated"),
     "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),
     "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
     "parallel_attention": Card(

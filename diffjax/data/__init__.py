@@ -4,6 +4,7 @@ from diffjax.data import augment, densities
 from diffjax.data.clusters import Clusters, clusters, label_clusters, load_clusters, restrict
 from diffjax.data.dataset import SPLITS, DataError, Dataset, DataTransform, from_arrays, split_indices
 from diffjax.data.images import grid, save_png, scatter
+from diffjax.data.memory import Memory, memory
 from diffjax.data.pipeline import Batches, batches
 from diffjax.data.registry import CATALOGUE, load, prepare
 
@@ -15,6 +16,7 @@ __all__ = [
     "DataError",
     "DataTransform",
     "Dataset",
+    "Memory",
     "augment",
     "batches",
     "clusters",
@@ -24,6 +26,7 @@ __all__ = [
     "label_clusters",
     "load",
     "load_clusters",
+    "memory",
     "prepare",
     "restrict",
     "save_png",

@@ -43,6 +43,7 @@ from diffjax.networks.freeu import freeu
 from diffjax.networks.frozen import FeatureAutoencoder, ResidualAutoencoder, feature_autoencoder, match_scale, scale_of
 from diffjax.networks.functional import FromLinen, FromNNX, from_linen, from_nnx, zeros
 from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
+from diffjax.networks.layer_pooling import LayerPooling
 from diffjax.networks.layers import stack_blocks, unstack_blocks
 from diffjax.networks.local import Circle
 from diffjax.networks.magnitude import (
@@ -109,6 +110,7 @@ __all__ = [
     "InducedSet",
     "KLAutoencoder",
     "LabelEmbedding",
+    "LayerPooling",
     "Learned",
     "MLP",
     "MMDiT",

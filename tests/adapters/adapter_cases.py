@@ -47,6 +47,10 @@ CASES = {
     "difference": Case(adapters.difference("film/"), "dit"),
     "textual inversion": Case(adapters.textual_inversion(2), "text", np.array([[0, -1, 1, -1]] * 3)),
     "label inversion": Case(adapters.label_inversion(2), "scanned", np.array([0, 1, 0])),
+    "diversion": Case(adapters.diversion(1, 3), "dit", {"image": PICTURE, "instruction": TOKENS[:, 0]}),
+    "diversion, scanned": Case(
+        adapters.diversion(2, 3, active=2), "scanned", {"image": LARGE, "instruction": TOKENS[:, 0]}
+    ),
     "parallel attention": Case(adapters.parallel_attention(hidden=5), "text", {"tokens": TOKENS, "mask": MASK}),
     "parallel attention, scanned": Case(adapters.parallel_attention(), "scanned", TOKENS),
     "value mixing": Case(adapters.value_mixing(), "text", TOKENS),
