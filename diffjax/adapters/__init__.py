@@ -8,12 +8,15 @@ from __future__ import annotations
 
 from diffjax.adapters.attention import ParallelAttention, ValueMixing, parallel_attention, value_mixing
 from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
+from diffjax.adapters.control_next import ControlNext, control_next, cross_normalised
+from diffjax.adapters.control_norm import ControlNorm, RegionBias, control_norm, region_bias
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.difference import Difference, difference
 from diffjax.adapters.diversion import Diversion, diversion
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
 from diffjax.adapters.inversion import LabelInversion, TextualInversion, label_inversion, textual_inversion
 from diffjax.adapters.lora import LoRA, lora
+from diffjax.adapters.skip_tuner import SkipTuner, skip_tuner
 from diffjax.types import Card
 
 __all__ = [
@@ -22,19 +25,26 @@ __all__ = [
     "CATALOGUE",
     "Change",
     "ControlNet",
+    "ControlNext",
+    "ControlNorm",
     "ControlTransformer",
     "Difference",
     "Diversion",
     "LabelInversion",
     "LoRA",
     "ParallelAttention",
+    "RegionBias",
     "Site",
+    "SkipTuner",
     "TextualInversion",
     "ValueMixing",
     "adapt",
     "added",
+    "control_next",
+    "control_norm",
     "control_transformer",
     "controlnet",
+    "cross_normalised",
     "difference",
     "diversion",
     "fingerprint",
@@ -42,7 +52,9 @@ __all__ = [
     "load_adapter",
     "lora",
     "parallel_attention",
+    "region_bias",
     "save_adapter",
+    "skip_tuner",
     "strength",
     "textual_inversion",
     "value_mixing",
@@ -53,6 +65,12 @@ CATALOGUE: dict[str, Card] = {
     "lora": Card(lora, "arXiv:2106.09685#Eq. 3", "W + w (alpha / r) A B"),
     "controlnet": Card(controlnet, "arXiv:2302.05543", "a copy of the encoder adds through zero convolutions"),
     "control_transformer": Card(control_transformer, "arXiv:2401.05252", "a copy of the first blocks adds likewise"),
+    "control_next": Card(
+        control_next, "arXiv:2408.06070", "a few convolutions add once, with the statistics of what is there"
+    ),
+    "skip_tuner": Card(skip_tuner, "arXiv:2312.11392", "bottlenecks on the skips, which may read pictures"),
+    "control_norm": Card(control_norm, "arXiv:2306.00964", "one copy for any subset of pictures scales and shifts"),
+    "region_bias": Card(region_bias, "arXiv:2306.00964", "attention to tokens drawn to regions"),
     "difference": Card(difference, "", "theta + w delta of chosen arrays"),
     "diversion": Card(diversion, "xie2026divcontrol#Eq. 4", "control_transformer in rank-one parts, some gated"),
     "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),

@@ -33,6 +33,18 @@ def conv(p: PyTree, x: Any, stride: int = 1) -> jax.Array:
     return y + p["bias"].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
+def normalised(x: Any, eps: float = 1e-5) -> jax.Array:
+    """Each item with mean zero and variance one over all its places and channels.   (x - mean) / sqrt(var + eps)
+
+    Example:
+        >>> normalised(jnp.array([[[1.0], [3.0]]]), 0.0).ravel().tolist()
+        [-1.0, 1.0]
+    """
+    axes = tuple(range(1, x.ndim))
+    far = x - x.mean(axes, keepdims=True)
+    return far * jax.lax.rsqrt(jnp.square(far).mean(axes, keepdims=True) + eps)
+
+
 def fresh(key: Any, *shape: int) -> PyTree:
     """Parameters of a map with a kernel of this shape, its outputs about as large as its inputs."""
     return {"kernel": fan_in_uniform()(key, shape, jnp.float32), "bias": jnp.zeros(shape[-1], jnp.float32)}

@@ -30,6 +30,7 @@ RECIPE = Recipe(
         "base_moved": at_most(0.0),
         "edge_error_over_base": at_most(0.3),
         "accuracy_over_base": at_least(0.98),
+        "means_error_over_base": at_most(0.4),
         "both_edge_error_over_base": at_most(0.4),
         "both_means_error_over_base": at_most(0.4),
         "cost_over_encoder": at_most(1.3),
@@ -47,14 +48,15 @@ def run(preset):
     net = adapters.controlnet((16,))
     maker = {"edge": hints.edges, "means": hints.low_resolution}
 
-    few = runs.first({**seen, "net": hints.edges(seen["x"][:16])}, 16)
-    fn, fresh = runs.beside(base, few, net=net)
-    zeros = runs.start_gradients(base, fn, fresh, few)["net"]["zero"]
+    few = runs.first(seen, 16)
+    few = {**few, "hint": hints.edges(few["x"])}
+    fn, fresh = runs.beside(base, few, hint=net)
+    zeros = runs.start_gradients(base, fn, fresh, few)["hint"]["zero"]
     train = runs.trainer_of(base, fn, steps, drop=0.5)
-    trained = {name: train(fresh, {**seen, "net": make(seen["x"])}) for name, make in maker.items()}
+    trained = {name: train(fresh, {**seen, "hint": make(seen["x"])}) for name, make in maker.items()}
 
     together = adapters.adapt(base.fn, edge=net, means=net)
-    own = {"base": base.params, "adapters": {name: params["adapters"]["net"] for name, params in trained.items()}}
+    own = {"base": base.params, "adapters": {name: params["adapters"]["hint"] for name, params in trained.items()}}
     given = {name: make(held["x"]) for name, make in maker.items()}
     cond = {"label": held["label"], **given}
 

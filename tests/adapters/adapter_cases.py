@@ -44,6 +44,18 @@ CASES = {
     "control_transformer": Case(adapters.control_transformer(1), "dit", PICTURE),
     "control_transformer, scanned": Case(adapters.control_transformer(1), "scanned", LARGE),
     "lora, scanned": Case(adapters.lora((("attention/", 3), ("", 1)), parts=("q", "v")), "scanned"),
+    "control_next": Case(adapters.control_next(widths=(6,)), "unet", LARGE),
+    "control_next, transformer": Case(adapters.control_next("block_0/block", (4,)), "dit", PICTURE),
+    "skip_tuner": Case(adapters.skip_tuner(2), "unet"),
+    "skip_tuner, pictures": Case(
+        adapters.skip_tuner(2, conditions=("a", "b"), scales=(1.0, 0.5), widths=(4, 6), stop=True),
+        "unet",
+        {"a": LARGE, "b": PICTURE},
+    ),
+    "control_norm": Case(adapters.control_norm(("a", "b"), (4,)), "unet", {"a": PICTURE, "b": PICTURE[..., :1]}),
+    "region_bias": Case(
+        adapters.region_bias(), "text", np.broadcast_to(np.eye(4, dtype=np.float32), (3, 4, 4, 4)).copy()
+    ),
     "difference": Case(adapters.difference("film/"), "dit"),
     "textual inversion": Case(adapters.textual_inversion(2), "text", np.array([[0, -1, 1, -1]] * 3)),
     "label inversion": Case(adapters.label_inversion(2), "scanned", np.array([0, 1, 0])),
