@@ -226,6 +226,12 @@ PAPERS: dict[str, Paper] = {
                               "IP-Adapter: Text Compatible Image Prompt Adapter for Text-to-Image Diffusion Models"),
     "arXiv:2412.20800": Paper("Wu, Shaojin and Ding, Fei and Huang, Mengqi and Liu, Wei and He, Qian", 2024,
                               "VMix: Improving Text-to-Image Diffusion Model with Cross-Attention Mixing Control"),
+    "arXiv:2503.07027": Paper("Zhang, Yuxuan and Yuan, Yirui and Song, Yiren and Wang, Haofan and Liu, Jiaming", 2025,
+                              "EasyControl: Adding Efficient and Flexible Control for Diffusion Transformer"),
+    "arXiv:2301.07093": Paper("Li, Yuheng and Liu, Haotian and Wu, Qingyang and Mu, Fangzhou and Yang, Jianwei and Gao, Jianfeng and "
+                              "Li, Chunyuan and Lee, Yong Jae", 2023, "GLIGEN: Open-Set Grounded Text-to-Image Generation"),
+    "arXiv:2501.09194": Paper("Suleyman, Ahmad and Biricik, Goksel", 2025,
+                              "Grounding Text-to-Image Diffusion Models for Controlled High-Quality Image Generation"),
 }  # fmt: skip
 
 

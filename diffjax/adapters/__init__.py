@@ -13,7 +13,9 @@ from diffjax.adapters.control_norm import ControlNorm, RegionBias, control_norm,
 from diffjax.adapters.core import Adapted, Adapter, Change, Site, adapt, added, strength
 from diffjax.adapters.difference import Difference, difference
 from diffjax.adapters.diversion import Diversion, diversion
+from diffjax.adapters.easy_control import EasyControl, easy_control
 from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
+from diffjax.adapters.grounding import GroundedControl, Grounding, grounded_control, grounding
 from diffjax.adapters.inversion import LabelInversion, TextualInversion, label_inversion, textual_inversion
 from diffjax.adapters.lora import LoRA, lora
 from diffjax.adapters.skip_tuner import SkipTuner, skip_tuner
@@ -30,7 +32,10 @@ __all__ = [
     "ControlTransformer",
     "Difference",
     "Diversion",
+    "GroundedControl",
+    "Grounding",
     "LabelInversion",
+    "EasyControl",
     "LoRA",
     "ParallelAttention",
     "RegionBias",
@@ -47,7 +52,10 @@ __all__ = [
     "cross_normalised",
     "difference",
     "diversion",
+    "easy_control",
     "fingerprint",
+    "grounded_control",
+    "grounding",
     "label_inversion",
     "load_adapter",
     "lora",
@@ -77,6 +85,11 @@ CATALOGUE: dict[str, Card] = {
     "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
     "parallel_attention": Card(
         parallel_attention, "arXiv:2312.03556 arXiv:2308.06721", "A V + w A' V' of tokens of its own"
+    ),
+    "easy_control": Card(easy_control, "arXiv:2503.07027", "a picture's keys and values in every attention, cached"),
+    "grounding": Card(grounding, "arXiv:2301.07093", "gated attention to tokens of objects and their boxes"),
+    "grounded_control": Card(
+        grounded_control, "arXiv:2501.09194", "a copy of the encoder reads objects and their boxes"
     ),
     "value_mixing": Card(value_mixing, "arXiv:2412.20800", "A (V + w V') under the attention map A of the network"),
 }

@@ -97,6 +97,22 @@ class Adapted:
         fresh = {name: a.init(k, sites[name]) for (name, a), k in zip(self.adapters, keys, strict=False)}
         return {"base": base, "adapters": fresh}
 
+    def cache(self, params: Any, x: Any, t: Any, cond: Any) -> Any:
+        """The condition, with what adapters can compute once for all steps in the place of what they read.
+
+        Args: as of a call; of x the shape matters alone, and of t nothing.   Returns: a condition for calls with the same batch.
+        Raises: ValueError: no adapter that can.
+        """
+        able = {name: adapter for name, adapter in self.adapters if hasattr(adapter, "cache")}
+        if not able:
+            raise ValueError(
+                f"none of the adapters {[name for name, _ in self.adapters]} can compute anything in advance"
+            )
+        rest, own = self._parted(cond)
+        site = Site(self.net, params["base"], x, t, rest, None)
+        made = {n: a.cache(params["adapters"][n], site._replace(own=own[n])) for n, a in able.items()}
+        return {**cond, **made}
+
     def merge(self, params: Any) -> PyTree:
         """The network's parameters with all adapters merged that only add to them, such as LoRA.
 
@@ -243,9 +259,13 @@ def _layered(f: Any) -> Callable[[Any, Any], Any]:
 
 
 def _outside(f: Any, g: Any) -> Any:
-    """g around f around a module."""
+    """g around f around a module; two of a type that has `joined` are one."""
+    inner, outer = (h.f if isinstance(h, per_layer) else h for h in (f, g))
+    if type(inner) is type(outer) and hasattr(inner, "joined"):
+        both = inner.joined(outer)
+        return per_layer(both) if isinstance(f, per_layer) else both
     if isinstance(f, per_layer) or isinstance(g, per_layer):
         a, b = (h.f if isinstance(h, per_layer) else lambda layer, *args, h=h, **kw: h(*args, **kw) for h in (f, g))
-        inner = lambda layer, call: lambda *args, **kw: a(layer, call, *args, **kw)
-        return per_layer(lambda layer, call, *args, **kw: b(layer, inner(layer, call), *args, **kw))
+        within = lambda layer, call: lambda *args, **kw: a(layer, call, *args, **kw)
+        return per_layer(lambda layer, call, *args, **kw: b(layer, within(layer, call), *args, **kw))
     return lambda call, *args, **kw: g(lambda *a, **k: f(call, *a, **k), *args, **kw)

@@ -24,6 +24,7 @@ NETS = {
     ),
     "dit": (networks.DiT(width=8, depth=2, heads=2, num_classes=3), (3, 4, 4, 1), "label"),
     "scanned": (networks.DiT(width=8, depth=2, heads=2, num_classes=3, scan_layers=True), (3, 4, 4, 1), "label"),
+    "joint": (networks.MMDiT(width=8, depth=1, single=1, heads=2, token_size=5, patch=2), (3, 4, 4, 1), "tokens"),
     "text": (
         networks.UNet(widths=(8, 12), blocks=1, attention=(1,), head_size=6, token_size=5),
         (3, 4, 4, 1),
@@ -35,6 +36,9 @@ PICTURE = np.random.default_rng(5).normal(size=(3, 4, 4, 2)).astype(np.float32)
 LARGE = np.random.default_rng(6).normal(size=(3, 8, 8, 2)).astype(np.float32)
 TOKENS = np.random.default_rng(2).normal(size=(3, 2, 4)).astype(np.float32)  # of adapters that read tokens
 MASK = np.array([[True, True], [True, False], [True, True]])
+CLEAN = np.random.default_rng(3).normal(size=(3, 4, 4, 1)).astype(np.float32)
+BOXES = np.sort(np.random.default_rng(4).uniform(size=(3, 2, 2, 2)), axis=2).reshape(3, 2, 4).astype(np.float32)
+OBJECTS = {"tokens": TOKENS, "boxes": BOXES, "mask": MASK}
 
 CASES = {
     "lora": Case(adapters.lora(2), "unet"),
@@ -66,6 +70,10 @@ CASES = {
     "parallel attention": Case(adapters.parallel_attention(hidden=5), "text", {"tokens": TOKENS, "mask": MASK}),
     "parallel attention, scanned": Case(adapters.parallel_attention(), "scanned", TOKENS),
     "value mixing": Case(adapters.value_mixing(), "text", TOKENS),
+    "grounding": Case(adapters.grounding(hidden=5, frequencies=2), "scanned", OBJECTS),
+    "grounded control": Case(adapters.grounded_control(hidden=5, frequencies=2), "unet", OBJECTS),
+    "easy control": Case(adapters.easy_control(2), "joint", CLEAN),
+    "easy control, scanned": Case(adapters.easy_control(2), "scanned", CLEAN[:, :2]),
 }
 
 
