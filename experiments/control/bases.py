@@ -2,7 +2,7 @@
 
 They are flows on the 8 x 8 digits, or on 16 x 16 crops of photographs, and lie beside this file (`weights/NAME.safetensors`), so
 that a recipe trains what it is about, and nothing else. The conditions: `unet`, `dit` a label (10: none); `text` a caption
-of three tokens, see `caption`; `photo` none.
+of three tokens, see `caption`; `photo` none; `inpaint` a caption, and a picture with a hole (`hints.erased`).
 """
 
 import pathlib
@@ -16,6 +16,7 @@ import numpy as np
 
 import diffjax
 from diffjax import data, losses, metrics, networks, processes, training
+from experiments.control import hints
 from experiments.loop import trainer
 
 PROCESS = processes.rectified()
@@ -27,6 +28,11 @@ NETS = {  # network, steps, learning rate
     "dit": (networks.DiT(width=64, depth=4, heads=4, patch=2, num_classes=10), 5000, 1e-3),
     "text": (networks.UNet(widths=(16, 32), blocks=1, attention=(0, 1), token_size=TOKENS), 5000, 2e-3),
     "photo": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,)), 2000, 2e-3),
+    "inpaint": (
+        networks.UNet(widths=(16, 32), blocks=1, attention=(1,), token_size=TOKENS, image_channels=2),
+        5000,
+        2e-3,
+    ),
 }
 
 
@@ -61,6 +67,14 @@ def digits(split):
     return {k: jnp.asarray(v) for k, v in data.load("digits").read(split).items() if k != "index"}
 
 
+def holes(key, n):
+    """One in rectangles of sides 4 to 8 in the 8 x 8 digits.   [n, 8, 8, 1]"""
+    size, place = jax.random.split(key)
+    sides = jax.random.randint(size, (n, 2), 4, 9)
+    first = jax.random.randint(place, (n, 2), 0, 9 - sides)
+    return hints.filled(jnp.concatenate([first, first + sides], axis=1) / 8, 8, 8)
+
+
 def photos(split, size=6000):
     """`{"x": [N, 16, 16, 3] in [-1, 1]}` of a split."""
     return {"x": jnp.asarray(data.load("photos", image_size=16, size=size).read(split)["x"])}
@@ -71,7 +85,11 @@ def load(name, preset="full"):
     net = NETS[name][0]
     x = jnp.zeros((1, 16, 16, 3) if name == "photo" else (1, 8, 8, 1))
     label = jnp.zeros(1, jnp.int32)
-    cond = {"photo": None, "text": caption(label)}.get(name, {"label": label})
+    cond = {
+        "photo": None,
+        "text": caption(label),
+        "inpaint": {**caption(label), "image": jnp.zeros((1, 8, 8, 2))},
+    }.get(name, {"label": label})
     if preset == "tiny":
         return Base(networks.from_linen(net), networks.random_parameters(net, x, jnp.zeros(1), cond))
     shapes = jax.eval_shape(networks.from_linen(net).init, jax.random.key(0), x, jnp.zeros(1), cond)
@@ -89,12 +107,14 @@ def train(name):
     """Train the base of a name and write it."""
     net, steps, rate = NETS[name]
     arrays = photos("train") if name == "photo" else digits("train")
-    loss = losses.flow_matching(label_drop=0.0 if name == "photo" else 0.1)
-    null = {"photo": None, "text": jax.tree.map(lambda a: a[0], caption(jnp.array([10])))}.get(
-        name, {"label": np.int32(10)}
-    )
-    if name == "text":
-        arrays = {"x": arrays["x"], **caption(arrays["label"])}
+    loss = losses.flow_matching(label_drop={"photo": 0.0, "inpaint": 0.5}.get(name, 0.1))
+    silent = jax.tree.map(lambda a: a[0], caption(jnp.array([10])))
+    null = {"photo": None, "text": silent, "inpaint": silent}.get(name, {"label": np.int32(10)})
+    if name == "inpaint":
+        arrays = jax.tree.map(lambda a: jnp.tile(a, (16,) + (1,) * (a.ndim - 1)), arrays)
+        arrays |= {"image": hints.erased(arrays["x"], holes(jax.random.key(1), len(arrays["x"])))}
+    if name in ("text", "inpaint"):
+        arrays = {**{k: a for k, a in arrays.items() if k != "label"}, **caption(arrays["label"])}
     condition = lambda batch: {k: v for k, v in batch.items() if k != "x"} or None
     fn = networks.from_linen(net)
     model = lambda params: diffjax.denoiser(fn, PROCESS, diffjax.from_velocity, params, null=null)
