@@ -2,7 +2,8 @@
 
 They are flows on the 8 x 8 digits, or on 16 x 16 crops of photographs, and lie beside this file (`weights/NAME.safetensors`), so
 that a recipe trains what it is about, and nothing else. The conditions: `unet`, `dit` a label (10: none); `text` a caption
-of three tokens, see `caption`; `photo` none; `inpaint` a caption, and a picture with a hole (`hints.erased`).
+of three tokens, see `caption`; `photo` none; `inpaint` a caption, and a picture
+with a hole (`hints.erased`); `scenes` none, see there.
 """
 
 import pathlib
@@ -33,6 +34,7 @@ NETS = {  # network, steps, learning rate
         5000,
         2e-3,
     ),
+    "scenes": (networks.UNet(widths=(16, 32), blocks=1, attention=(0, 1)), 2500, 2e-3),
 }
 
 
@@ -80,13 +82,28 @@ def photos(split, size=6000):
     return {"x": jnp.asarray(data.load("photos", image_size=16, size=size).read(split)["x"])}
 
 
+def scenes(key, n, most=3):
+    """Rectangles, at most one of each colour, which add.   {"x": [n, 8, 8, 3], "boxes": [n, 3, 4], "there": [n, 3] bool}
+
+    Sides of 2 to 5 pixels anywhere in the picture, each there with probability 0.7; -0.8 is nothing, 0.8 colour.
+    """
+    size, place, some = jax.random.split(key, 3)
+    sides = jax.random.randint(size, (n, most, 2), 2, 6)
+    first = jax.random.randint(place, (n, most, 2), 0, 9 - sides)
+    boxes = jnp.concatenate([first, first + sides], axis=-1) / 8
+    there = jax.random.bernoulli(some, 0.7, (n, most))
+    drawn = hints.filled(boxes.reshape(-1, 4), 8, 8).reshape(n, most, 8, 8).transpose(0, 2, 3, 1)
+    return {"x": 0.8 * (2 * drawn * there[:, None, None] - 1), "boxes": boxes, "there": there}
+
+
 def load(name, preset="full"):
     """The base of a name: trained, or with random parameters for the preset `tiny`."""
     net = NETS[name][0]
-    x = jnp.zeros((1, 16, 16, 3) if name == "photo" else (1, 8, 8, 1))
+    x = jnp.zeros({"photo": (1, 16, 16, 3), "scenes": (1, 8, 8, 3)}.get(name, (1, 8, 8, 1)))
     label = jnp.zeros(1, jnp.int32)
     cond = {
         "photo": None,
+        "scenes": None,
         "text": caption(label),
         "inpaint": {**caption(label), "image": jnp.zeros((1, 8, 8, 2))},
     }.get(name, {"label": label})
@@ -106,10 +123,13 @@ def judge(full=True):
 def train(name):
     """Train the base of a name and write it."""
     net, steps, rate = NETS[name]
-    arrays = photos("train") if name == "photo" else digits("train")
-    loss = losses.flow_matching(label_drop={"photo": 0.0, "inpaint": 0.5}.get(name, 0.1))
+    if name == "scenes":
+        arrays = {"x": scenes(jax.random.key(1), 20000)["x"]}
+    else:
+        arrays = photos("train") if name == "photo" else digits("train")
+    loss = losses.flow_matching(label_drop={"photo": 0.0, "scenes": 0.0, "inpaint": 0.5}.get(name, 0.1))
     silent = jax.tree.map(lambda a: a[0], caption(jnp.array([10])))
-    null = {"photo": None, "text": silent, "inpaint": silent}.get(name, {"label": np.int32(10)})
+    null = {"photo": None, "scenes": None, "text": silent, "inpaint": silent}.get(name, {"label": np.int32(10)})
     if name == "inpaint":
         arrays = jax.tree.map(lambda a: jnp.tile(a, (16,) + (1,) * (a.ndim - 1)), arrays)
         arrays |= {"image": hints.erased(arrays["x"], holes(jax.random.key(1), len(arrays["x"])))}
