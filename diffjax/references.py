@@ -232,6 +232,14 @@ PAPERS: dict[str, Paper] = {
                               "Li, Chunyuan and Lee, Yong Jae", 2023, "GLIGEN: Open-Set Grounded Text-to-Image Generation"),
     "arXiv:2501.09194": Paper("Suleyman, Ahmad and Biricik, Goksel", 2025,
                               "Grounding Text-to-Image Diffusion Models for Controlled High-Quality Image Generation"),
+    "arXiv:2407.15886": Paper("Chong, Zheng and Dong, Xiao and Li, Haoxiang and Zhang, Shiyue and Zhang, Wenqing and Zhang, Xujie and "
+                              "Zhao, Hanqing and Jiang, Dongmei and Liang, Xiaodan", 2025,
+                              "CatVTON: Concatenation Is All You Need for Virtual Try-On with Diffusion Models"),
+    "arXiv:2310.06347": Paper("Zhang, Jingyang and Li, Shiwei and Lu, Yuanxun and Fang, Tian and McKinnon, David and Tsin, Yanghai and "
+                              "Quan, Long and Yao, Yao", 2024,
+                              "JointNet: Extending Text-to-Image Diffusion for Dense Distribution Modeling"),
+    "arXiv:2410.11439": Paper("Li, Xirui and Herrmann, Charles and Chan, Kelvin C. K. and Li, Yinxiao and Sun, Deqing and Ma, Chao and "
+                              "Yang, Ming-Hsuan", 2025, "A Simple Approach to Unifying Diffusion-based Conditional Generation"),
 }  # fmt: skip
 
 

@@ -7,6 +7,7 @@ cond)` is the changed network. A fresh adapter changes nothing, to the bit.
 from __future__ import annotations
 
 from diffjax.adapters.attention import ParallelAttention, ValueMixing, parallel_attention, value_mixing
+from diffjax.adapters.concatenation import Concatenation, concatenation
 from diffjax.adapters.control import ControlNet, ControlTransformer, control_transformer, controlnet
 from diffjax.adapters.control_next import ControlNext, control_next, cross_normalised
 from diffjax.adapters.control_norm import ControlNorm, RegionBias, control_norm, region_bias
@@ -19,6 +20,7 @@ from diffjax.adapters.grounding import GroundedControl, Grounding, grounded_cont
 from diffjax.adapters.inversion import LabelInversion, TextualInversion, label_inversion, textual_inversion
 from diffjax.adapters.lora import LoRA, lora
 from diffjax.adapters.skip_tuner import SkipTuner, skip_tuner
+from diffjax.adapters.pair import JointNet, UniCon, jointnet, unicon
 from diffjax.types import Card
 
 __all__ = [
@@ -36,6 +38,8 @@ __all__ = [
     "Grounding",
     "LabelInversion",
     "EasyControl",
+    "Concatenation",
+    "JointNet",
     "LoRA",
     "ParallelAttention",
     "RegionBias",
@@ -57,6 +61,9 @@ __all__ = [
     "grounded_control",
     "grounding",
     "label_inversion",
+    "UniCon",
+    "concatenation",
+    "jointnet",
     "load_adapter",
     "lora",
     "parallel_attention",
@@ -66,6 +73,7 @@ __all__ = [
     "strength",
     "textual_inversion",
     "value_mixing",
+    "unicon",
 ]
 
 # name -> card; `build(**fields)` makes the adapter, and a file names it so
@@ -92,4 +100,7 @@ CATALOGUE: dict[str, Card] = {
         grounded_control, "arXiv:2501.09194", "a copy of the encoder reads objects and their boxes"
     ),
     "value_mixing": Card(value_mixing, "arXiv:2412.20800", "A (V + w V') under the attention map A of the network"),
+    "concatenation": Card(concatenation, "arXiv:2407.15886#Sec. 3", "state and reference on one canvas"),
+    "jointnet": Card(jointnet, "arXiv:2310.06347#Sec. 3", "a frozen and a trained branch that add to each other"),
+    "unicon": Card(unicon, "arXiv:2410.11439#Sec. 3", "two branches of one network that attend to each other"),
 }

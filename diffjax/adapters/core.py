@@ -81,7 +81,7 @@ class Adapted:
         write, around = _together(changes, "write", _after), _together(changes, "around", _outside)
         net = tapped(self.net, write=write, around=around) if write or around else self.net
         out = net(base, x, t, cond, key, mutable=mutable) if mutable else net(base, x, t, cond, key)
-        for change in changes:
+        for change in reversed(changes):  # what was put around the inputs last is taken off first
             if change.output is not None:
                 out = (change.output(out[0]), *out[1:]) if mutable else change.output(out)
         return out

@@ -112,11 +112,12 @@ def _takes(module: Any, name: str) -> bool:
 
 def per_item(f: Callable[..., Any], x: Any, t: Any, cond: Any, key: Any) -> Any:
     """`f` item by item, each with its own key, so that dropout does not depend on how a batch is cut up."""
-    t = jnp.asarray(t)
+    t = jax.tree.map(jnp.asarray, t)
     one = lambda tree: jax.tree.map(lambda a: jnp.asarray(a)[None], tree)
-    split = t.ndim > 0 and t.shape[0] != 1
-    call = lambda x, t, c, k: jax.tree.map(lambda a: a[0], f(one(x), one(t) if split else t, one(c), k))
-    return jax.vmap(call, in_axes=(0, 0 if split else None, 0, 0))(x, t, cond, key)
+    split = jax.tree.map(lambda a: a.ndim > 0 and a.shape[0] != 1, t)
+    times = lambda t: jax.tree.map(lambda each, a: a[None] if each else a, split, t)
+    call = lambda x, t, c, k: jax.tree.map(lambda a: a[0], f(one(x), times(t), one(c), k))
+    return jax.vmap(call, in_axes=(0, jax.tree.map(lambda each: 0 if each else None, split), 0, 0))(x, t, cond, key)
 
 
 # --------------------------------------------------------------------------------------------------------------- nnx

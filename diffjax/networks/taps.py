@@ -8,6 +8,7 @@ by `PATH.method`, such as `block_0/attention.mix`.
 
 from __future__ import annotations
 
+import contextvars
 import dataclasses
 import difflib
 import inspect
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 COLLECTION = "taps"
+_APART: contextvars.ContextVar[bool] = contextvars.ContextVar("apart", default=False)  # inside `Call.using`
 
 
 class Tap(nn.Module):
@@ -62,6 +64,32 @@ class per_layer:  # noqa: N801  (reads as a function: write={name: per_layer(f)}
     f: Callable[[Any, Any], Any]
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Call:
+    """What a function of `around` is given: the module or method that it wraps, called as that is."""
+
+    f: Callable[..., Any]
+    module: Any
+    method: str
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call of the network itself."""
+        return self.f(*args, **kwargs)
+
+    def using(self, params: Any) -> Callable[..., Any]:
+        """The same module with other parameters, in which nothing is read, written or wrapped."""
+
+        def f(*args: Any, **kwargs: Any) -> Any:
+            before = _APART.set(True)
+            try:
+                module = self.module.clone(parent=None, name=None)
+                return module.apply({"params": params}, *args, method=self.method, **kwargs)
+            finally:
+                _APART.reset(before)
+
+        return f
+
+
 @dataclasses.dataclass(frozen=True)
 class Tapped:
     """What `tapped` returns: a pure function that takes the arguments of `apply`; equal by value to its equals."""
@@ -77,13 +105,16 @@ class Tapped:
         passed: dict[str, None] = {}
 
         def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
+            if _APART.get():
+                return call(*args, **kwargs)
             module = context.module
             path = module.path
             if around and nn.Module in type(module).__bases__:  # not what scan and remat put around a module
                 name = "/".join(path) + ("" if context.method_name == "__call__" else f".{context.method_name}")
                 passed[name] = None
                 if name in around:
-                    call = _wrapped(around[name], name, call, _layer(layers, path, module, args))
+                    called = Call(call, module, context.method_name)
+                    call = _wrapped(around[name], name, called, _layer(layers, path, module, args))
             if context.method_name != "__call__" or not isinstance(module, (Tap, LayerIndex)):
                 return call(*args, **kwargs)
             if isinstance(module, LayerIndex):
@@ -131,7 +162,7 @@ def tapped(
     Args: apply: `module.apply`, a `from_linen` function, or any function that passes the keyword `mutable` on to
     `module.apply`; not jitted: jit what `tapped` returns.   read: names.   write: `{name: f}`, `f(value) -> value` of
     the same shape and dtype.   around: `{path: f}` or `{path.method: f}` of any module, `f(call, *args, **kwargs) -> out` in
-    the place of `call(*args, **kwargs)`; inside scanned layers `per_layer(f)`.
+    the place of `call(*args, **kwargs)`, see `Call`; inside scanned layers `per_layer(f)`.
     Returns: a function of the same arguments; it returns the output alone if nothing is read.
     Raises: ValueError: `apply` is jitted; a name is not a tap or module of the network (when called; they are listed); a
     written value has another shape or dtype.

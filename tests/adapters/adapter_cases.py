@@ -40,6 +40,7 @@ CLEAN = np.random.default_rng(3).normal(size=(3, 4, 4, 1)).astype(np.float32)
 BOXES = np.sort(np.random.default_rng(4).uniform(size=(3, 2, 2, 2)), axis=2).reshape(3, 2, 4).astype(np.float32)
 OBJECTS = {"tokens": TOKENS, "boxes": BOXES, "mask": MASK}
 
+PART = {"y": np.random.default_rng(2).normal(size=(3, 4, 4, 1)).astype(np.float32), "t": np.float32([0, 0.5, 1])}
 CASES = {
     "lora": Case(adapters.lora(2), "unet"),
     "lora, transformer": Case(adapters.lora(2, targets="attention/qkv/kernel$"), "dit"),
@@ -74,6 +75,9 @@ CASES = {
     "grounded control": Case(adapters.grounded_control(hidden=5, frequencies=2), "unet", OBJECTS),
     "easy control": Case(adapters.easy_control(2), "joint", CLEAN),
     "easy control, scanned": Case(adapters.easy_control(2), "scanned", CLEAN[:, :2]),
+    "concatenation": Case(adapters.concatenation(), "unet"),  # without a reference; with one see test_concatenation
+    "jointnet": Case(adapters.jointnet(), "dit", PART),  # as pairs, and in a U-Net: see test_pair
+    "unicon": Case(adapters.unicon(2), "dit", PART),
 }
 
 

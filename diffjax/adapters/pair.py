@@ -1,0 +1,304 @@
+"""Pairs of pictures: two branches of one network, side by side, that exchange what they have computed.
+
+Both branches run in one call, one after the other along the batch: layers that have parameters work on each branch with the
+branch's own, and where the branches meet both are at hand. The state is the pair {"x": ..., "y": ...} with a time for both or
+{"x": ..., "y": ...} of times, and so is the output; or it is one part alone, and the other stands in the adapter's condition
+with its own time: {"y": ..., "t": 0} asks for x given y, {"x": ..., "t": 0} for y given x, t = 1 with noise for one part
+whatever the other is, and anything between for coarse control.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from diffjax.adapters.core import Change, Site, added, strength
+from diffjax.adapters.lora import LoRA, lora, stacked
+from diffjax.networks.attention import Attention
+from diffjax.networks.taps import Call, per_layer, tap_names
+from diffjax.numerics import PyTree
+from diffjax.training.partial import named, nested
+
+PARTS = ("x", "y")
+
+
+@dataclasses.dataclass(frozen=True)
+class JointNet:
+    """See `jointnet`."""
+
+    targets: str
+
+    def init(self, key: Any, site: Site) -> PyTree:
+        """`{"branch": the network's parameters, "to_x", "to_y": {tap: linear map from zero}}`."""
+        site = _alone(site)
+        found = [n for n in tap_names(site.net, site.base, site.x, site.t, site.cond) if re.search(self.targets, n)]
+        if not found:
+            raise ValueError(f"targets={self.targets!r} names no tap of the network, where the branches could exchange")
+        zero = lambda *shape: jnp.zeros(shape, jnp.float32)
+        maps = {}
+        for name, a in site.shapes(*found).items():
+            lead, c = a.shape[: stacked(name)], a.shape[-1]
+            maps |= {f"{name}/kernel": zero(*lead, c, c), f"{name}/bias": zero(*lead, c)}
+        return {"branch": jax.tree.map(jnp.array, site.base), "to_x": nested(maps), "to_y": nested(maps)}
+
+    def change(self, params: PyTree, site: Site, weight: Any) -> Change:
+        """The second branch, and what each adds to the other."""
+        pair = _Pair(site)
+        maps = {to: dict(named(params[f"to_{to}"])) for to in PARTS}
+
+        def exchange(name: str) -> Any:
+            def add(h: Any, layer: Any = None) -> Any:
+                def mapped(to: str, h: Any) -> Any:
+                    kernel, bias = (_of_layer(maps[to][f"{name}/{a}"], layer) for a in ("kernel", "bias"))
+                    bias = bias.reshape((1,) * (h.ndim - 1) + (-1,))
+                    return strength(h @ kernel.astype(h.dtype) + bias.astype(h.dtype), weight)
+
+                x, y = pair.cut(h)
+                return pair.add(h, mapped("x", y), mapped("y", x))
+
+            return per_layer(add) if stacked(name) else add
+
+        names = [path.removesuffix("/bias") for path in maps["x"] if path.endswith("/bias")]
+        return pair.change(params["branch"], write={name: exchange(name) for name in names})
+
+
+def jointnet(targets: str = r"(^|/)block$") -> JointNet:
+    r"""A frozen branch for x and a trained copy of it for y, which add to each other.   h_x += w Z_x h_y,  h_y += w Z_y h_x
+
+    Z are linear maps of the channels from zero, one for each direction and tap. Both parts have the shape that the network
+    takes. Trained with one time for both (see the module for the state); given one part, sample the pair with
+    `guidance.known`, for which one time is enough.
+    Args: targets: regular expression of the taps after which the branches exchange: by default after every block; the
+        released networks exchange what goes from the encoder to the decoder, `^(skip_\d+|bottleneck)$` of a U-Net.
+    Raises: ValueError: at init, targets that name no tap.
+
+    Reference: Zhang et al. 2024, arXiv:2310.06347, section 3.
+
+    Example:
+        >>> from diffjax.adapters import adapt
+        >>> from diffjax.networks import DiT, from_linen, random_parameters
+        >>> net, x, t = from_linen(DiT(width=8, depth=1, heads=2)), jnp.ones((1, 2, 2, 1)), jnp.zeros(1)
+        >>> fn = adapt(net, depth=jointnet())
+        >>> params = fn.init(jax.random.key(0), random_parameters(net.module, x, t), x, t)
+        >>> sorted(fn(params, {"x": x, "y": x}, t))
+        ['x', 'y']
+    """
+    return JointNet(targets)
+
+
+@dataclasses.dataclass(frozen=True)
+class UniCon:
+    """See `unicon`."""
+
+    rank: int
+    joint_rank: int
+    branch: str
+    targets: str
+
+    def init(self, key: Any, site: Site) -> PyTree:
+        """`{"branch": of LoRA, "joint": of LoRA, "post": {attention: {"kernel"} from zero}}`."""
+        site = _alone(site)
+        one, two = jax.random.split(key)
+        width = {path: dict(named(site.base))[f"{path}/out/kernel"] for path in self.places(site.base)}
+        post = {f"{path}/kernel": jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-1])) for path, a in width.items()}
+        return {"branch": self._branch().init(one, site), "joint": self._joint(site).init(two, site), "post": nested(post)}
+
+    def change(self, params: PyTree, site: Site, weight: Any) -> Change:
+        """The second branch, and the attention of each to the other."""
+        pair = _Pair(site)
+        branch = added(site.base, self._branch().delta(params["branch"], site, None))
+        joint = dict(named(added(site.base, self._joint(site).delta(params["joint"], site, None))))
+        post = dict(named(params["post"]))
+
+        def attend(path: str) -> Any:
+            own = {name.removeprefix(f"{path}/"): a for name, a in joint.items() if name.startswith(f"{path}/")}
+
+            def f(layer: Any, call: Call, h: Any, *args: Any, **kwargs: Any) -> Any:
+                here = {name: _of_layer(a, layer) for name, a in own.items()}
+                f = call.using(_across(here, call.module))
+                kernel = _of_layer(post[f"{path}/kernel"], layer).astype(h.dtype)
+                to_x, to_y = (strength(f(to, of, *args, **kwargs) @ kernel, weight) for to, of in pair.both(h))
+                return pair.add(call(h, *args, **kwargs), to_x, to_y)
+
+            return per_layer(f) if stacked(path) else lambda call, *args, **kwargs: f(None, call, *args, **kwargs)
+
+        return pair.change(branch, around={path: attend(path) for path in self.places(site.base)})
+
+    def places(self, base: PyTree) -> list[str]:
+        """The paths of the self-attentions that targets names.   Raises: ValueError: none."""
+        found = [path.removesuffix("/qkv/kernel") for path, _ in named(base) if path.endswith("/qkv/kernel")]
+        found = [path for path in found if re.search(self.targets, path)]
+        if not found:
+            raise ValueError(f"targets={self.targets!r} names no self-attention of the network, where branches could meet")
+        return found
+
+    def _branch(self) -> LoRA:
+        return lora(self.rank, targets=self.branch)
+
+    def _joint(self, site: Site) -> LoRA:
+        chosen = "|".join(map(re.escape, self.places(site.base)))
+        return lora(self.joint_rank, targets=f"^({chosen})/(qkv|out)/kernel$")
+
+
+def unicon(
+    rank: int = 4, *, joint_rank: int | None = None, branch: str = r"/kernel$|^kernel$", targets: str = "attention"
+) -> UniCon:
+    """Two branches of one network that attend to each other.   h_x += w Z A(h_x, h_y),  h_y += w Z A(h_y, h_x)
+
+    A is the network's own self-attention with low-rank additions, with queries from one branch, keys and values from the
+    other; Z is a linear map from zero, one for each attention. The branch of y has low-rank additions of its own. The times
+    of x and y are drawn apart in training (`times.laws.separate`), so that one model samples either given the other, both,
+    or one with the other at any time between (see the module). Several such adapters, each with a y of its own, add what x
+    receives from each, with their weights.
+    Args: rank: of the additions to the branch of y.   joint_rank: of those to the attention, default rank.   branch: regular
+        expression of the kernels of the branch of y that change.   targets: of the paths of the self-attentions that join.
+    Raises: ValueError: a rank < 1; at init, targets or branch that name nothing.
+
+    Reference: Li et al. 2024, arXiv:2410.11439, section 3.
+
+    Example:
+        >>> unicon(8).joint_rank
+        8
+    """
+    joint_rank = rank if joint_rank is None else joint_rank
+    if min(rank, joint_rank) < 1:
+        raise ValueError(f"unicon needs ranks >= 1; got rank={rank} and joint_rank={joint_rank}")
+    return UniCon(rank, joint_rank, branch, targets)
+
+
+# ---------------------------------------------------------------------------------------------------- two branches
+
+
+class _Pair:
+    """Where the two branches of an adapter lie in the batch of one call: x first, then one y for each such adapter."""
+
+    def __init__(self, site: Site):
+        self.site, self.n = site, jax.tree.leaves(site.x)[0].shape[0]
+        self.at = self.n  # where y begins, known when the inputs are put together
+        self.given = None  # what the condition holds: "x", "y", or None
+
+    def inputs(self, x: Any, t: Any, cond: Any) -> tuple[Any, Any, Any]:
+        """Both parts along the batch."""
+        own, n = self.site.own, self.n
+        if isinstance(x, dict):
+            if set(x) != set(PARTS) or own is not None:
+                raise ValueError(
+                    'a pair must be {"x", "y"}, without a part in the condition; got parts '
+                    f"{sorted(x)} and {'no' if own is None else 'a'} condition. Put the adapter that takes the pair first"
+                )
+            t = t if isinstance(t, dict) else dict.fromkeys(PARTS, t)
+            first, second, times = x["x"], x["y"], [t["x"], t["y"]]
+        else:
+            self.given = next((part for part in PARTS if isinstance(own, dict) and set(own) == {part, "t"}), None)
+            if self.given is None or (self.given == "x" and x.shape[0] != n):
+                raise ValueError(
+                    'give the pair {"x", "y"} as the state, or one part as the state and the other in the condition of the '
+                    'adapter, as {"y": ..., "t": ...} or (of one adapter alone) {"x": ..., "t": ...}; got '
+                    + (f"{sorted(own)}" if isinstance(own, dict) else type(own).__name__)
+                )
+            first, second, times = x, jnp.asarray(own[self.given], x.dtype), [t, own["t"]]
+            if self.given == "x":
+                first, second, times = second, first, times[::-1]
+        if first.shape[1:] != second.shape[1:] or second.shape[0] != n:
+            raise ValueError(f"both parts of a pair need one shape; got {first.shape} and {second.shape}")
+        self.at = first.shape[0]
+        time = [jnp.broadcast_to(jnp.asarray(s, first.dtype), (len(a),)) for s, a in zip(times, (first, second), strict=True)]
+        more = lambda a: jnp.concatenate([jnp.asarray(a), jnp.asarray(a)[:n]])
+        return jnp.concatenate([first, second]), jnp.concatenate(time), jax.tree.map(more, cond)
+
+    def output(self, y: Any) -> Any:
+        """The parts of the output that were asked for."""
+        if isinstance(self.site.x, dict) and self.given is None:
+            return dict(zip(PARTS, self.cut(y), strict=True))
+        return self.cut(y)[1] if self.given == "x" else y[: self.at]
+
+    def change(self, branch: PyTree, **more: Any) -> Change:
+        """The change of a call with the second branch on these parameters."""
+        around: dict[str, Any] = {}
+        for path, own in _layers(branch).items():
+            around[path] = self._parted(own, stacked(path) > 0)
+        around = {**around, **{p: _join(around.get(p), f) for p, f in more.pop("around", {}).items()}}
+        return Change(inputs=self.inputs, output=self.output, around=around, **more)
+
+    def cut(self, h: Any) -> tuple[Any, Any]:
+        """The two branches of an array."""
+        return h[: self.n], h[self.at : self.at + self.n]
+
+    def both(self, h: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """Each branch, and the other."""
+        x, y = self.cut(h)
+        return (x, y), (y, x)
+
+    def add(self, h: Any, to_x: Any, to_y: Any) -> Any:
+        """An array with something added to each branch."""
+        n, at = self.n, self.at
+        return jnp.concatenate([h[:n] + to_x, h[n:at], h[at : at + n] + to_y, h[at + n :]])
+
+    def _parted(self, own: PyTree, scanned: bool) -> Any:
+        """A layer on its own parameters for the second branch, which is the last of those that this call sees."""
+
+        def f(layer: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
+            whole = self.at + self.n
+            batched = [a for a in jax.tree.leaves((args, kwargs)) if _rows(a) == whole]
+            if not batched:
+                return call(*args, **kwargs)
+            cut = lambda rows: jax.tree.map(lambda a: a[rows] if _rows(a) == whole else a, (args, kwargs))
+            (args1, kwargs1), (args2, kwargs2) = cut(slice(None, self.at)), cut(slice(self.at, None))
+            here = jax.tree.map(lambda a: _of_layer(a, layer), own)
+            return jax.tree.map(
+                lambda a, b: jnp.concatenate([a, b]), call(*args1, **kwargs1), call.using(here)(*args2, **kwargs2)
+            )
+
+        return per_layer(f) if scanned else lambda call, *args, **kwargs: f(None, call, *args, **kwargs)
+
+
+def _layers(params: PyTree, path: str = "") -> dict[str, PyTree]:
+    """The outermost modules that hold arrays of their own, by path.   Raises: ValueError: the network itself does."""
+    if any(not isinstance(a, dict) for a in params.values()):
+        if not path:
+            raise ValueError(f"the network holds arrays itself ({sorted(params)}), so its branches cannot be told apart")
+        return {path: params}
+    found: dict[str, PyTree] = {}
+    for name, inner in params.items():
+        found |= _layers(inner, f"{path}/{name}" if path else name)
+    return found
+
+
+def _alone(site: Site) -> Site:
+    """A site with the part x of a pair as the state."""
+    x = site.x["x"] if isinstance(site.x, dict) else site.x
+    return site._replace(x=x, t=site.t["x"] if isinstance(site.t, dict) else site.t)
+
+
+def _across(params: dict[str, Any], module: Any) -> PyTree:
+    """Self-attention's parameters as those of attention to tokens."""
+    if not isinstance(module, Attention):
+        raise ValueError(f"branches meet in attentions of type Attention; got {type(module).__name__}. Choose other targets")
+    cut = {}
+    for name in [n for n in params if n.startswith("qkv/")]:
+        a = params.pop(name)
+        each = a.reshape(*a.shape[:-1], module.heads, 3, -1)  # columns are sorted by head, then by q, k, v
+        kind = name.removeprefix("qkv")
+        cut[f"q_in{kind}"] = each[..., :1, :].reshape(*a.shape[:-1], -1)
+        cut[f"kv{kind}"] = each[..., 1:, :].reshape(*a.shape[:-1], -1)
+    return nested({**params, **cut})
+
+
+def _of_layer(a: Any, layer: Any) -> Any:
+    """What belongs to one of the scanned layers."""
+    return a if layer is None else jax.lax.dynamic_index_in_dim(jnp.asarray(a), layer, keepdims=False)
+
+
+def _rows(a: Any) -> int | None:
+    return a.shape[0] if getattr(a, "ndim", 0) else None
+
+
+def _join(f: Callable[..., Any] | None, g: Callable[..., Any]) -> Callable[..., Any]:
+    if f is not None:
+        raise ValueError("the branches meet in a module that holds arrays itself")
+    return g
