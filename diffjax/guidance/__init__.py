@@ -3,6 +3,7 @@
 from diffjax.guidance.classifier_free import cfg
 from diffjax.guidance.compose import Count, chain, count_calls, counted, lift
 from diffjax.guidance.interval import in_log_snr, in_sigma, in_time, interval
+from diffjax.guidance.known import known
 from diffjax.guidance.threshold import clip_x0, dynamic_threshold, with_x0
 from diffjax.types import Card, Prediction
 
@@ -38,5 +39,5 @@ CATALOGUE: dict[str, Card] = {
 
 __all__ = [
     "CATALOGUE", "Count", "cfg", "chain", "clip_x0", "count_calls", "counted", "dynamic_threshold", "in_log_snr",
-    "in_sigma", "in_time", "interval", "lift", "with_x0",
+    "in_sigma", "in_time", "interval", "known", "lift", "with_x0",
 ]  # fmt: skip

@@ -99,7 +99,7 @@ class DenoisingLoss:
         t = noised.t
         target = self.space(Prediction(x0, noised.eps), process, t)
         mse = mean_square(nu.sub(self.space(e.prediction, process, t), target))
-        aux = {"t": t, "mse": mse, "log_snr": process.log_snr(t)}
+        aux = {**_parts("t", t), "mse": mse, **_parts("log_snr", process.log_snr(t))}
         loss = mse
         if self.sides is not None:
             aux["sides"] = self.sides(e.aux, target).astype(mse.dtype)
@@ -219,6 +219,13 @@ def mean_square(error: PyTree) -> jax.Array:
     wide = [a.astype(jnp.promote_types(a.dtype, jnp.float32)) for a in leaves]
     total = sum(jnp.square(a).reshape(a.shape[0], -1).sum(1) for a in wide)
     return total / sum(int(np.prod(a.shape[1:])) for a in leaves)
+
+
+def _parts(name: str, tree: PyTree) -> dict[str, Any]:
+    """A number of an item under its name, or `name/part` for each part of a state with times of their own."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    path = lambda p: jax.tree_util.keystr(p, simple=True, separator="/")
+    return {f"{name}/{path(p)}" if p else name: leaf for p, leaf in leaves}
 
 
 def error_scale(space: Space, process: Process, t: Any) -> Any:
