@@ -19,8 +19,8 @@ from diffjax.adapters.files import fingerprint, load_adapter, save_adapter
 from diffjax.adapters.grounding import GroundedControl, Grounding, grounded_control, grounding
 from diffjax.adapters.inversion import LabelInversion, TextualInversion, label_inversion, textual_inversion
 from diffjax.adapters.lora import LoRA, lora
-from diffjax.adapters.skip_tuner import SkipTuner, skip_tuner
 from diffjax.adapters.pair import JointNet, UniCon, jointnet, unicon
+from diffjax.adapters.skip_tuner import SkipTuner, skip_tuner
 from diffjax.types import Card
 
 __all__ = [
@@ -28,27 +28,29 @@ __all__ = [
     "Adapter",
     "CATALOGUE",
     "Change",
+    "Concatenation",
     "ControlNet",
     "ControlNext",
     "ControlNorm",
     "ControlTransformer",
     "Difference",
     "Diversion",
+    "EasyControl",
     "GroundedControl",
     "Grounding",
-    "LabelInversion",
-    "EasyControl",
-    "Concatenation",
     "JointNet",
+    "LabelInversion",
     "LoRA",
     "ParallelAttention",
     "RegionBias",
     "Site",
     "SkipTuner",
     "TextualInversion",
+    "UniCon",
     "ValueMixing",
     "adapt",
     "added",
+    "concatenation",
     "control_next",
     "control_norm",
     "control_transformer",
@@ -60,10 +62,8 @@ __all__ = [
     "fingerprint",
     "grounded_control",
     "grounding",
-    "label_inversion",
-    "UniCon",
-    "concatenation",
     "jointnet",
+    "label_inversion",
     "load_adapter",
     "lora",
     "parallel_attention",
@@ -72,8 +72,8 @@ __all__ = [
     "skip_tuner",
     "strength",
     "textual_inversion",
-    "value_mixing",
     "unicon",
+    "value_mixing",
 ]
 
 # name -> card; `build(**fields)` makes the adapter, and a file names it so

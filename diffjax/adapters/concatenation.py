@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from diffjax.adapters.core import Change, Site
@@ -32,10 +31,13 @@ class Concatenation:
         whole, own = isinstance(site.x, dict), site.own
         if own is None and not whole:
             return change
-        if (whole and set(site.x) != set(PARTS)) or (own is not None and (not isinstance(own, dict) or set(own) != {PARTS[1]})):
+        if (whole and set(site.x) != set(PARTS)) or (
+            own is not None and (not isinstance(own, dict) or set(own) != {PARTS[1]})
+        ):
+            given = sorted(own) if isinstance(own, dict) else type(own).__name__
             raise ValueError(
-                'concatenation takes the state {"x", "reference"}, or the state alone, and in its condition {"reference": ...}; '
-                f"got {sorted(site.x) if whole else 'a state alone'} and {sorted(own) if isinstance(own, dict) else type(own).__name__}"
+                'concatenation takes the state {"x", "reference"}, or the state alone and {"reference": ...} in its '
+                f"condition; got {sorted(site.x) if whole else 'a state alone'} and {given}"
             )
         return change._replace(inputs=self._canvas(own, whole), output=self._halves(whole))
 
@@ -60,10 +62,14 @@ class Concatenation:
     def _image(self, clean: Any, image: Any) -> Any:
         """What the network is shown beside the reference's half: the reference, and zero as its mask."""
         if clean is None:
-            raise ValueError('a network that takes an image needs the clean reference in the condition: {"reference": ...}')
+            raise ValueError(
+                'a network that takes an image needs the clean reference in the condition: {"reference": ...}'
+            )
         rest = image.shape[-1] - clean.shape[-1]
         if rest < 0:
-            raise ValueError(f"cond['image'] has {image.shape[-1]} channels, fewer than the reference's {clean.shape[-1]}")
+            raise ValueError(
+                f"cond['image'] has {image.shape[-1]} channels, fewer than the reference's {clean.shape[-1]}"
+            )
         return jnp.pad(clean.astype(image.dtype), [(0, 0)] * (clean.ndim - 1) + [(0, rest)])
 
     def _halves(self, whole: bool) -> Any:

@@ -106,7 +106,11 @@ class UniCon:
         one, two = jax.random.split(key)
         width = {path: dict(named(site.base))[f"{path}/out/kernel"] for path in self.places(site.base)}
         post = {f"{path}/kernel": jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-1])) for path, a in width.items()}
-        return {"branch": self._branch().init(one, site), "joint": self._joint(site).init(two, site), "post": nested(post)}
+        return {
+            "branch": self._branch().init(one, site),
+            "joint": self._joint(site).init(two, site),
+            "post": nested(post),
+        }
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """The second branch, and the attention of each to the other."""
@@ -134,7 +138,9 @@ class UniCon:
         found = [path.removesuffix("/qkv/kernel") for path, _ in named(base) if path.endswith("/qkv/kernel")]
         found = [path for path in found if re.search(self.targets, path)]
         if not found:
-            raise ValueError(f"targets={self.targets!r} names no self-attention of the network, where branches could meet")
+            raise ValueError(
+                f"targets={self.targets!r} names no self-attention of the network, where branches could meet"
+            )
         return found
 
     def _branch(self) -> LoRA:
@@ -207,7 +213,10 @@ class _Pair:
         if first.shape[1:] != second.shape[1:] or second.shape[0] != n:
             raise ValueError(f"both parts of a pair need one shape; got {first.shape} and {second.shape}")
         self.at = first.shape[0]
-        time = [jnp.broadcast_to(jnp.asarray(s, first.dtype), (len(a),)) for s, a in zip(times, (first, second), strict=True)]
+        time = [
+            jnp.broadcast_to(jnp.asarray(s, first.dtype), (len(a),))
+            for s, a in zip(times, (first, second), strict=True)
+        ]
         more = lambda a: jnp.concatenate([jnp.asarray(a), jnp.asarray(a)[:n]])
         return jnp.concatenate([first, second]), jnp.concatenate(time), jax.tree.map(more, cond)
 
@@ -261,7 +270,9 @@ def _layers(params: PyTree, path: str = "") -> dict[str, PyTree]:
     """The outermost modules that hold arrays of their own, by path.   Raises: ValueError: the network itself does."""
     if any(not isinstance(a, dict) for a in params.values()):
         if not path:
-            raise ValueError(f"the network holds arrays itself ({sorted(params)}), so its branches cannot be told apart")
+            raise ValueError(
+                f"the network holds arrays itself ({sorted(params)}), so its branches cannot be told apart"
+            )
         return {path: params}
     found: dict[str, PyTree] = {}
     for name, inner in params.items():
@@ -278,7 +289,9 @@ def _alone(site: Site) -> Site:
 def _across(params: dict[str, Any], module: Any) -> PyTree:
     """Self-attention's parameters as those of attention to tokens."""
     if not isinstance(module, Attention):
-        raise ValueError(f"branches meet in attentions of type Attention; got {type(module).__name__}. Choose other targets")
+        raise ValueError(
+            f"branches meet in attentions of type Attention; got {type(module).__name__}. Choose other targets"
+        )
     cut = {}
     for name in [n for n in params if n.startswith("qkv/")]:
         a = params.pop(name)

@@ -9,9 +9,8 @@ from __future__ import annotations
 from diffjax.interop.classes import CLASSES
 from diffjax.interop.originals import load_dit
 from diffjax.interop.peer import Peer
-from diffjax.interop.pretrained import Pretrained, as_pretrained, from_tensors, load_pretrained, save_pretrained
 from diffjax.interop.pipeline import Pipeline, load_pipeline, save_pipeline
-from diffjax.interop.pretrained import Pretrained, as_pretrained, load_pretrained, save_pretrained
+from diffjax.interop.pretrained import Pretrained, as_pretrained, from_tensors, load_pretrained, save_pretrained
 from diffjax.interop.rules import Kind, Rule, compare, load, save
 from diffjax.interop.schedule import KINDS as SCHEDULERS
 from diffjax.interop.schedule import Schedule, read_schedule, schedule_config
