@@ -23,7 +23,7 @@ def dense(p: PyTree, x: Any) -> jax.Array:
         >>> dense({"kernel": jnp.ones((2, 1)), "bias": jnp.ones(1)}, jnp.ones((3, 2))).ravel().tolist()
         [3.0, 3.0, 3.0]
     """
-    y = x @ p["kernel"].astype(x.dtype)
+    y = jnp.asarray(x) @ p["kernel"].astype(x.dtype)
     return y + p["bias"].astype(x.dtype).reshape((1,) * (x.ndim - 1) + (-1,))
 
 
