@@ -21,6 +21,7 @@ COMMANDS = {
     "plan": "what a training step needs on many devices: `diffjax plan CONFIG --devices 256`",
     "export": "write the weights of a run to a safetensors file",
     "ema": "make averages of any length from a run's snapshots: `diffjax ema RUN --sigma-rel 0.05`",
+    "pretrained": "show what a folder with weights of another library holds: `diffjax pretrained FOLDER`",
     "list": "show the methods: `diffjax list solvers`",
     "cite": "print BibTeX of methods",
     "data": "prepare a data set: `diffjax data prepare NAME`",
@@ -94,7 +95,7 @@ def _dispatch(argv: list[str]) -> int:
     command = argv[0] if argv else "--help"
     if command in ("-h", "--help"):
         print(f"usage: diffjax {{{','.join(COMMANDS)}}} ...\n\n{__doc__}\n")
-        print("\n".join(f"  {name:8s}{what}" for name, what in COMMANDS.items()))
+        print("\n".join(f"  {name:12s}{what}" for name, what in COMMANDS.items()))
         print(f"\n`diffjax COMMAND --help` shows the options of a command.\n{EXITS}")
         return 0
     if command == "--version":
@@ -116,6 +117,7 @@ def _dispatch(argv: list[str]) -> int:
         "plan": _plan,
         "export": _export,
         "ema": _ema,
+        "pretrained": _pretrained,
         "list": _list,
         "cite": _cite,
         "data": _data,
@@ -208,6 +210,12 @@ def _ema(argv: list[str]) -> int:
     from diffjax.cli import ema
 
     return ema.main(_parse(ema.Ema, "ema", argv))
+
+
+def _pretrained(argv: list[str]) -> int:
+    from diffjax.cli import pretrained
+
+    return pretrained.main(_parse(pretrained.Pretrained, "pretrained", argv))
 
 
 def _list(argv: list[str]) -> int:

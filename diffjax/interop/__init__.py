@@ -7,6 +7,7 @@ read by `open_tensors` and a table of `Rule`s. Nothing is downloaded, and no pic
 from __future__ import annotations
 
 from diffjax.interop.classes import CLASSES
+from diffjax.interop.inspection import Inspection, inspect
 from diffjax.interop.originals import load_dit
 from diffjax.interop.peer import Peer
 from diffjax.interop.pipeline import Pipeline, load_pipeline, save_pipeline
@@ -18,6 +19,7 @@ from diffjax.interop.tensors import Tensors, open_tensors, write, write_folder
 
 __all__ = [
     "CLASSES",
+    "Inspection",
     "Kind",
     "Peer",
     "Pipeline",
@@ -29,6 +31,7 @@ __all__ = [
     "as_pretrained",
     "compare",
     "from_tensors",
+    "inspect",
     "load",
     "load_dit",
     "load_pipeline",

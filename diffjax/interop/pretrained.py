@@ -16,6 +16,7 @@ import jax
 
 from diffjax.interop import rules, tensors
 from diffjax.interop.classes import CLASSES
+from diffjax.interop.documents import licence_of, origin_of, read_documents
 from diffjax.interop.peer import Peer
 from diffjax.interop.schedule import Schedule, read_schedule
 from diffjax.latent import LatentSpace
@@ -26,9 +27,6 @@ from diffjax.types import Cond, Denoiser
 
 CONFIG = "config.json"
 SCHEDULER = "scheduler_config.json"
-DOCUMENTS = re.compile(r"(licen[cs]e|copying|notice|readme|model_?card|use_?policy)[^/]*", re.IGNORECASE)
-TEXT = 1_000_000  # bytes of a document at most
-UNKNOWN = "not stated"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +133,7 @@ def load_pretrained(folder: Any, dtype: Any = None, *, weights: Any = None) -> P
     folder = pathlib.Path(folder)
     config = read_config(folder)
     peer_of(config["_class_name"])
-    model = from_tensors(tensors.open_tensors(_weights(folder, weights)), config, dtype)
+    model = from_tensors(open_weights(folder, weights), config, dtype)
     return dataclasses.replace(model, scheduler=read_scheduler(folder), documents=read_documents(folder))
 
 
@@ -145,13 +143,18 @@ def from_tensors(found: Any, config: Mapping[str, Any], dtype: Any = None) -> Pr
     Args: found: `Tensors`, or a mapping of names to arrays.   config, dtype: see `load_pretrained`.
     Raises: as `load_pretrained`.
     """
+    module, template, table, options = plan(config, found)
+    params = rules.load(table, found, template, dtype=dtype, **options)
+    return Pretrained(config["_class_name"], module, params, dict(config))
+
+
+def plan(config: Mapping[str, Any], found: Any) -> tuple[Any, PyTree, list[rules.Rule], dict[str, Any]]:
+    """How tensors become a network: the module, the shapes of its parameters, the rules, and options of `rules.load`."""
     peer = peer_of(config["_class_name"])
     module = peer.fit(peer.network(config), config, found)
-    template = template_of(peer, module, config)
     fixed = tuple(f"^{re.escape(name)}$" for name in peer.buffers(module, config))
     options = dict(ignored=(*peer.ignored, *fixed), renames=peer.renames)
-    params = rules.load(peer.table(module, config), found, template, dtype=dtype, **options)
-    return Pretrained(config["_class_name"], module, params, dict(config))
+    return module, template_of(peer, module, config), peer.table(module, config), options
 
 
 def save_pretrained(folder: Any, model: Pretrained, *, shard: int = tensors.SHARD) -> None:
@@ -260,56 +263,10 @@ def read_scheduler(folder: pathlib.Path) -> dict[str, Any] | None:
     return None
 
 
-def read_documents(folder: pathlib.Path) -> dict[str, str]:
-    """Licence, notice and model card of a folder; those of its pipeline where it has none of the name."""
-    pipeline = [folder.resolve().parent] if (folder.resolve().parent / "model_index.json").is_file() else []
-    found: dict[str, str] = {}
-    for place in (*pipeline, folder):
-        for path in sorted(place.iterdir()):
-            if path.is_file() and DOCUMENTS.fullmatch(path.name) and path.stat().st_size <= TEXT:
-                found[path.name] = path.read_text(errors="replace")
-    return found
-
-
-def _weights(folder: pathlib.Path, weights: Any) -> Any:
+def open_weights(folder: pathlib.Path, weights: Any) -> tensors.Tensors:
+    """The tensors of a folder: all, or those of the file or the shards of this name."""
     if weights is None:
-        return folder
+        return tensors.open_tensors(folder)
     if isinstance(weights, (str, os.PathLike)):
-        return folder / weights
-    return [folder / name for name in weights]
-
-
-def front_matter(text: str) -> dict[str, str]:
-    r"""The simple entries `name: value` at the head of a model card, between two lines of dashes.
-
-    Example:
-        >>> front_matter("---\nlicense: mit\ntags:\n- image\n---\n# Net")["license"]
-        'mit'
-    """
-    found = re.match(r"\s*---\n(.*?)\n---", text, re.DOTALL)
-    lines = re.findall(r"^(\w+):[ \t]*(\S.*?)\s*$", found[1] if found else "", re.MULTILINE)
-    return {name: value.strip("\"'") for name, value in lines}
-
-
-def licence_of(documents: Mapping[str, str]) -> str:
-    """What the model card names as licence, else the first line of the licence's text."""
-    for text in documents.values():
-        about = front_matter(text)
-        named = [about[k] for k in ("license_name", "license", "license_link") if k in about and about[k] != "other"]
-        if named:
-            return " ".join(named[:1])
-    for name, text in documents.items():
-        if re.match(r"licen[cs]e|copying", name, re.IGNORECASE) and text.strip():
-            return f"{text.strip().splitlines()[0].strip()} ({name})"
-    return UNKNOWN
-
-
-def origin_of(config: Mapping[str, Any], documents: Mapping[str, str]) -> str:
-    """The name under which the configuration says that it was found, else the title of the model card."""
-    if config.get("_name_or_path"):
-        return str(config["_name_or_path"])
-    for text in documents.values():
-        about, title = front_matter(text), re.search(r"^# +(.+)$", text, re.MULTILINE)
-        if "base_model" in about or title:
-            return about.get("base_model") or title[1].strip()
-    return UNKNOWN
+        return tensors.open_tensors(folder / weights)
+    return tensors.open_tensors([folder / name for name in weights])

@@ -291,15 +291,17 @@ def load(
             "from one place"
         )
 
-    def place(a: Any) -> Any:
-        cast = a.dtype if dtype is None or not jnp.issubdtype(a.dtype, jnp.floating) else dtype
-        return jnp.asarray(np.array(a, cast, order="C"))  # a copy: the file is not held
+    def copied(a: Any) -> np.ndarray:
+        floating = dtype is not None and jnp.issubdtype(a.dtype, jnp.floating)
+        return np.array(a, dtype if floating else a.dtype, order="C")
+
+    def made(rule: Rule) -> list[np.ndarray]:
+        parts = rule.kind.read(*(tensors[found.stored[name]] for name in rule.theirs))
+        return [copied(a) for a in ((parts,) if isinstance(rule.ours, str) else parts)]
 
     leaves: dict[str, Any] = {}
-    for rule in rules:
-        made = rule.kind.read(*(tensors[found.stored[name]] for name in rule.theirs))
-        parts = (made,) if isinstance(rule.ours, str) else made
-        leaves |= {name: place(a) for name, a in zip(rule.paths, parts, strict=True)}
+    for rule in rules:  # the part of the file is let go before the copies for the device are made
+        leaves |= {name: jnp.asarray(a) for name, a in zip(rule.paths, made(rule), strict=True)}
     return partial.nested({name: leaves[name] for name, _ in partial.named(template)})
 
 

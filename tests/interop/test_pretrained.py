@@ -11,7 +11,7 @@ import pytest
 from interop_tools import CONFIG, arrays, equal, folder_of, parameters
 from test_tensors import Bomb, full_disk
 
-from diffjax import interop, networks
+from diffjax import cli, interop, networks
 from diffjax.interop import as_pretrained, load_pretrained, open_tensors, pretrained, rules, save_pretrained
 from diffjax.training import CheckpointError
 
@@ -264,3 +264,43 @@ def test_a_full_disk_leaves_no_folder(tmp_path):
     with full_disk(15_000), pytest.raises(OSError, match="File too large"):
         save_pretrained(tmp_path / "b", found)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
+
+
+# ------------------------------------------------------------------------------------------------------- command line
+
+
+def command(capsys, *argv):
+    code = cli.main(["pretrained", *map(str, argv)])
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_the_command_shows_what_a_folder_holds_and_reads_no_array(tmp_path, capsys, monkeypatch):
+    folder = folder_of(tmp_path / "vae", CONFIG | {"_name_or_path": "somebody/tiny-vae"})
+    (folder / "LICENSE").write_text("MIT License")
+    monkeypatch.setattr(interop.Tensors, "__getitem__", None)
+    code, out, _ = command(capsys, folder)
+    n = sum(a.size for a in arrays().values())
+    assert code == 0
+    assert out.splitlines()[:6] == [
+        "class       AutoencoderKL",
+        f"parameters  {n:,} (float32, {4 * n:,} bytes)",
+        "licence     MIT License (LICENSE)",
+        "origin      somebody/tiny-vae",
+        "scheduler   none",
+        "loads       yes",
+    ]
+    assert "  block_out_channels = [4, 4]" in out.splitlines()
+
+
+def test_the_command_says_what_does_not_fit(tmp_path, capsys):
+    folder = folder_of(tmp_path / "a", CONFIG | {"use_quant_conv": False})
+    code, out, _ = command(capsys, folder)
+    assert code == 2 and "loads       no\nunexpected (2): quant_conv.bias, quant_conv.weight\n" in out
+    folder = folder_of(tmp_path / "b", CONFIG | {"_class_name": "UNet9DModel"})
+    code, out, _ = command(capsys, folder)
+    assert code == 2 and "class       UNet9DModel\n" in out and "'UNet9DModel' has no counterpart here" in out
+    code, out, err = command(capsys, tmp_path / "c", "--weights", "d.safetensors")
+    assert code == 2 and out == "" and "Nothing is downloaded" in err
+    code, _, err = command(capsys, folder, "--weights", "d.safetensors")
+    assert code == 2 and "there is no file" in err
