@@ -102,8 +102,8 @@ def config(module: UNet) -> dict[str, Any]:
         dropout=module.dropout,
         class_cond=bool(module.num_classes),
         num_classes=module.num_classes or 1000,
-        use_scale_shift_norm=options.name_of(BLOCKS, module.block, "block"),
-        resblock_updown=options.name_of(RESIZE, module.down, "down"),
+        use_scale_shift_norm=given(module.block)[1].get("modulation", film) is film,
+        resblock_updown=given(module.down)[0] is within,
         learn_sigma=module.out_channels == 6,
         norm_groups=groups,
         **heads,
@@ -148,7 +148,9 @@ def block_rules(net: UNet, ours: str, theirs: str, *, skip: bool = False) -> lis
     found = norm(f"{ours}/norm_in", f"{theirs}.in_layers.0") + layer(f"{ours}/conv_in", f"{theirs}.in_layers.2", conv)
     found += norm(f"{ours}/norm_out", f"{theirs}.out_layers.0")
     found += layer(f"{ours}/conv_out", f"{theirs}.out_layers.3", conv)
-    kind = chunks((1, 0)) if given(net.block)[1]["modulation"] is film else dense  # theirs are scale and shift
+    kind = (
+        chunks((1, 0)) if given(net.block)[1].get("modulation", film) is film else dense
+    )  # theirs are scale and shift
     found += [Rule(f"{ours}/film/{a}", (f"{theirs}.emb_layers.1.{b}",), kind) for a, b in PAIR.items()]
     return found + (layer(f"{ours}/skip", f"{theirs}.skip_connection", conv1x1) if skip else [])
 

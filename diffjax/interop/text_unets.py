@@ -53,16 +53,17 @@ FIXED = dict(
     mid_block_scale_factor=1, encoder_hid_dim=None, encoder_hid_dim_type=None, num_attention_heads=None,
     center_input_sample=False, reverse_transformer_layers_per_block=None, dual_cross_attention=False,
     resnet_skip_time_act=False, resnet_out_scale_factor=1, time_embedding_type="positional", time_embedding_act_fn=None,
-    timestep_post_act=None, time_cond_proj_dim=None, conv_in_kernel=3, conv_out_kernel=3, attention_type="default",
+    timestep_post_act=None, conv_in_kernel=3, conv_out_kernel=3, attention_type="default",
     class_embeddings_concat=False, mid_block_only_cross_attention=None, cross_attention_norm=None,
 )  # fmt: skip
 LEVELS = {"DownBlock2D": False, "CrossAttnDownBlock2D": True}
 UP_LEVELS = {name.replace("Down", "Up"): attends for name, attends in LEVELS.items()}
 MIDDLE = {"UNetMidBlock2DCrossAttn": (True, False), "UNetMidBlock2D": (False,), None: ()}
-VECTORS = {  # (class_embed_type, addition_embed_type): whether there is a vector
-    (None, None): False,
-    (None, "text_time"): True,
-    ("projection", None): True,
+VECTORS = {  # (class_embed_type, addition_embed_type, whether time_cond_proj_dim is given): where the vector enters
+    (None, None, False): "",
+    (None, "text_time", False): "code",
+    ("projection", None, False): "code",
+    (None, None, True): "time",
 }
 
 
@@ -97,9 +98,11 @@ def encoder(kind: str, c: Any) -> dict[str, Any]:
     if len(attends) != n:
         raise ValueError(f"{kind}: down_block_types={c.down_block_types} must be as many as block_out_channels")
     middle = options.accept(kind, "mid_block_type", c.mid_block_type, MIDDLE)
-    embedded = (c.class_embed_type, c.addition_embed_type)
-    vector = options.accept(kind, "(class_embed_type, addition_embed_type)", embedded, VECTORS)
-    act = options.accept(kind, "act_fn", c.act_fn, options.ACTIVATIONS if not vector else {"silu": jax.nn.silu})
+    guidance = getattr(c, "time_cond_proj_dim", None)
+    embedded = (c.class_embed_type, c.addition_embed_type, guidance is not None)
+    names = "(class_embed_type, addition_embed_type, time_cond_proj_dim is given)"
+    vector = options.accept(kind, names, embedded, VECTORS)
+    act = options.accept(kind, "act_fn", c.act_fn, {"silu": jax.nn.silu} if vector == "code" else options.ACTIVATIONS)
     shift = options.accept(kind, "resnet_time_scale_shift", c.resnet_time_scale_shift, SHIFTS)
     each = lambda name: levels(kind, name, getattr(c, name), n)
     groups = options.accept(kind, "norm_num_groups", c.norm_num_groups, range(1, 1 << 16))
@@ -118,10 +121,11 @@ def encoder(kind: str, c: Any) -> dict[str, Any]:
         code=4 * c.block_out_channels[0],
         num_classes=c.num_class_embeds or 0,
         null_label=not c.num_class_embeds,
-        vector_size=(c.projection_class_embeddings_input_dim or 0) if vector else 0,
-        deep_vector=vector,
+        vector_size={"code": c.projection_class_embeddings_input_dim, "time": guidance}.get(vector) or 0,
+        deep_vector=vector == "code",
+        early_vector=vector == "time",
         token_size=one(kind, "cross_attention_dim", c.cross_attention_dim) if any(attends) or any(middle) else 0,
-        frequencies=falling(c.freq_shift, c.flip_sin_to_cos),
+        frequencies=falling(int(c.freq_shift), c.flip_sin_to_cos),
         sinusoids=c.block_out_channels[0],
         act=act,
         norm=part(GroupNorm, groups=groups, eps=c.norm_eps),
@@ -160,6 +164,7 @@ def config(module: UNet) -> dict[str, Any]:
         up_block_types=[options.name_of(UP_LEVELS, a, "attention") for a in reversed(attends)],
         dropout=module.dropout,
         time_embedding_dim=module.code,
+        time_cond_proj_dim=module.vector_size if module.early_vector else None,
     )
     check_same(KIND, network(page), module)
     return page
@@ -191,11 +196,11 @@ def encoder_config(module: UNet) -> dict[str, Any]:
         cross_attention_dim=module.token_size or ENCODER["cross_attention_dim"],
         transformer_layers_per_block=depths,
         attention_head_dim=[module.heads_of(i) for i in n],
-        addition_embed_type="text_time" if module.vector_size else None,
-        addition_time_embed_dim=256 if module.vector_size else None,
+        addition_embed_type="text_time" if module.deep_vector else None,
+        addition_time_embed_dim=256 if module.deep_vector else None,
         num_class_embeds=module.num_classes or None,
         resnet_time_scale_shift=options.name_of(SHIFTS, shift, "modulation"),
-        projection_class_embeddings_input_dim=module.vector_size or None,
+        projection_class_embeddings_input_dim=module.vector_size if module.deep_vector else None,
     )
 
 

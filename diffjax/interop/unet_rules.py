@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from diffjax.interop.rules import Kind, Rule, chunks, conv, conv1x1, dense, joined, kv, layer, norm, parted, qkv, same
 from diffjax.networks import UNet, part
 from diffjax.networks.embeddings import kept_fourier
-from diffjax.networks.layers import GroupNorm
+from diffjax.networks.layers import GroupNorm, default_groups
 from diffjax.networks.resample import fir_halve, halve
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet_parts import ResBlock, added, attend, film, strided, unnormalised, within
@@ -47,18 +48,43 @@ def attending(net: UNet) -> list[int]:
     return sorted({*net.attention, *([len(net.widths) - 1] if any(middle_of(net)) else [])})
 
 
+def settled(net: UNet) -> dict[str, Any]:
+    """The fields of a U-Net with all defaults filled in, so that networks that compute the same are equal."""
+    found = {f.name: getattr(net, f.name) for f in dataclasses.fields(UNet) if f.name not in FREE}
+    last = len(net.widths) - 1
+    mixes = [filled(net.mix_of(i, False), net.widths[i]) for i in net.attention]
+    bottom = [filled(net.mix_of(last, True), net.widths[last])] if any(middle_of(net)) else []
+    heads = {i: net.heads_of(i) for i in attending(net)}
+    found["norm"] = norm_of(net.norm)
+    found |= {"middle": middle_of(net), "mix": mixes + bottom, "block": filled(net.block), "heads": heads}
+    return found | {
+        "stem": net.stem or net.widths[0],
+        "sinusoids": net.sinusoids or net.code,
+        "late": net.late and bool(net.attention),
+    }
+
+
+def filled(made: Any, width: int = 0) -> tuple[Any, dict[str, Any]]:
+    """A part as its function and all its arguments; a norm as its groups for a width, and eps."""
+    make, fields = given(made)
+    defaults = {p.name: p.default for p in inspect.signature(make).parameters.values() if p.default is not p.empty}
+    fields = {name: value for name, value in (defaults | fields).items() if name not in ("name", "parent", "remat")}
+    if width and fields.get("norm") is not unnormalised:
+        groups, eps = norm_of(fields["norm"])
+        fields["norm"] = (groups or default_groups(width), eps)
+    return make, fields
+
+
 def check_same(kind: str, made: UNet, net: UNet) -> None:
     """Refuse a module that is not the one which its configuration makes.
 
     Raises: ValueError: names the fields that differ.
     """
-    names = [f.name for f in dataclasses.fields(UNet) if f.name not in FREE]
-    wrong = [name for name in names if getattr(made, name) != getattr(net, name)]
+    theirs, ours = settled(made), settled(net)
+    wrong = [name for name in ours if ours[name] != theirs[name]]
     if wrong:
-        shown = "; ".join(f"{name}={getattr(net, name)}, in {kind} {getattr(made, name)}" for name in wrong)
+        shown = "; ".join(f"{name}={ours[name]}, in {kind} {theirs[name]}" for name in wrong)
         raise ValueError(f"{kind} cannot express this UNet: {shown}")
-    if any(made.heads_of(i) != net.heads_of(i) for i in attending(net)):
-        raise ValueError(f"{kind} cannot express heads={net.heads}, head_size={net.head_size} at widths={net.widths}")
 
 
 # ------------------------------------------------------------------------------------------------------------- rules
@@ -71,6 +97,8 @@ def code_rules(net: UNet, vector: str = "add_embedding") -> list[Rule]:
         found.append(Rule("code/time/frequencies", ("time_proj.weight",), same))
     if net.num_classes:
         found.append(Rule("code/label/table", ("class_embedding.weight",), same))
+    if net.vector_size and net.early_vector:
+        return found + layer("code/time/vector", "time_embedding.cond_proj", bias=False)
     if net.vector_size:
         found += layer("code/vector_hidden", f"{vector}.linear_1") + layer("code/vector", f"{vector}.linear_2")
     return found

@@ -166,7 +166,7 @@ def times(c: Any) -> dict[str, Any]:
     kinds = {"positional": False, "fourier": True}
     if options.accept(KIND, "time_embedding_type", c.time_embedding_type, kinds):
         return dict(frequencies=kept_fourier(16.0), sinusoids=2 * first)
-    return dict(frequencies=falling(c.freq_shift, c.flip_sin_to_cos), sinusoids=first)
+    return dict(frequencies=falling(int(c.freq_shift), c.flip_sin_to_cos), sinusoids=first)
 
 
 def classes(c: Any) -> int:

@@ -253,18 +253,21 @@ class Code(nn.Module):
     sinusoids: int | None = None  # sinusoidal features of the time; default as `features`
     deep_vector: bool = False  # the vector by Dense(act(Dense(v))), as the time, and not by one linear map
     null_label: bool = True  # see `LabelEmbedding`
+    early_vector: bool = False  # the vector is added to the features of the time, see `TimeCode`
 
     @nn.compact
     def __call__(self, t: Any, condition: Condition, *more: Any, with_time: bool = False) -> Any:
         """The code of time and condition; `more` [B, features] is added before the activation."""
         time = TimeCode(self.features, self.sinusoids, self.frequencies, self.act, self.dtype, name="time")
-        c = alone = time(t)
+        vector = condition.vector if self.vector_size else None
+        vector = None if vector is None else jnp.asarray(vector).astype(self.dtype)
+        c = alone = time(t, vector) if self.early_vector else time(t)
         items = list(more)
         if self.num_classes:
             label = LabelEmbedding(self.num_classes, self.features, self.dtype, self.null_label, name="label")
             items.append(label(condition.label))
-        if self.vector_size:
-            v = jnp.asarray(condition.vector).astype(self.dtype)
+        if self.vector_size and not self.early_vector:
+            v = vector
             if self.deep_vector:
                 v = self.act(Dense(self.features, dtype=self.dtype, name="vector_hidden")(v))
             items.append(Dense(self.features, bias=self.deep_vector, dtype=self.dtype, name="vector")(v))

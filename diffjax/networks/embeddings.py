@@ -86,7 +86,7 @@ class falling:  # noqa: N801  (reads as a function: frequencies=falling(shift=1)
     Reference: Ho et al. 2020, arXiv:2006.11239, appendix B (the embedding of arXiv:1706.03762, section 3.5).
     """
 
-    shift: float = 0
+    shift: int = 0
     cosines_first: bool = True
     period: float = 10000.0
 
@@ -155,9 +155,9 @@ def sincos_features(row: Any, column: Any, size: int, max_period: float = 10000.
 
 
 class TimeCode(nn.Module):
-    """An embedding of the time code.   Dense(act(Dense(sinusoids(t))))
+    """An embedding of the time code.   Dense(act(Dense(sinusoids(t) + W v)))
 
-    Args: t: any shape, float.   Returns: [*t.shape, features].
+    Args: t: any shape, float.   vector: v, [B, k], or None.   Returns: [*t.shape, features].
 
     Example:
         >>> v = jax.eval_shape(TimeCode(8).init, jax.random.key(0), jnp.zeros(3))
@@ -172,10 +172,13 @@ class TimeCode(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, t: Any) -> jax.Array:
+    def __call__(self, t: Any, vector: Any = None) -> jax.Array:
         """Embed the time code."""
         size = self.size or self.features
         h = self._features(t, size)
+        if vector is not None:
+            v = Dense(size, bias=False, dtype=self.dtype, name="vector")(vector)
+            h = h + v.reshape(v.shape[:1] + (1,) * (h.ndim - 2) + v.shape[1:])
         h = Dense(self.features, dtype=self.dtype, name="hidden")(constrain(h, "batch", ...))
         h = constrain(h, "batch", ..., "wide")
         return constrain(Dense(self.features, dtype=self.dtype, name="out")(self.act(h)), "batch", ...)

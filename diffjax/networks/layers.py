@@ -57,10 +57,20 @@ def at_least_float32(dtype: Any) -> Any:
     return dtype if jnp.finfo(dtype).bits >= 32 else jnp.float32
 
 
+def default_groups(channels: int) -> int:
+    """As many groups as give at least four channels each, and at most 32.
+
+    Example:
+        >>> default_groups(24), default_groups(320)
+        (6, 32)
+    """
+    return max(g for g in range(1, 33) if channels % g == 0 and (g == 1 or channels // g >= 4))
+
+
 class GroupNorm(nn.Module):
     """Group normalisation per item.   scale * (x - mean) / sqrt(var + eps) + bias
 
-    The groups are `groups`, or as many as give at least four channels each, and at most 32. The statistics are taken in
+    The groups are `groups`, or `default_groups` of the channels. The statistics are taken in
     float32 over all axes but the batch. Written out because Flax's own refuses bfloat16 under strict dtype promotion.
 
     Example:
@@ -80,7 +90,7 @@ class GroupNorm(nn.Module):
     def __call__(self, x: Any) -> jax.Array:
         """Normalise x; the dtype stays."""
         c = x.shape[-1]
-        groups = self.groups or max(g for g in range(1, 33) if c % g == 0 and (g == 1 or c // g >= 4))
+        groups = self.groups or default_groups(c)
         if c % groups:
             raise ValueError(f"group normalisation needs channels divisible by groups={groups}; got {c} channels")
         scale = self.param("scale", nn.initializers.ones, (c,), jnp.float32)

@@ -1,8 +1,8 @@
 """Published U-Nets as parts of one: DDPM, DDPM++ and NCSN++, ADM, latent and Stable Diffusion.
 
 They take the classes, vectors, tokens, image channels and outputs of their fields. Time codes are as everywhere, of range
-one. Weights trained on t = 0 ... 999 need that as time code, and `frequencies` of (1e-4, 1) for DDPM and DDPM++, or of
-(1e-4^(1 - 2 / sinusoids), 1) for ADM, latent and Stable Diffusion.
+one. Weights trained on t = 0 ... 999 need that as time code, and as `frequencies` `falling(1, False)` for DDPM, `falling()`
+for ADM, latent and Stable Diffusion; `diffjax.interop` reads and writes them.
 """
 
 from __future__ import annotations

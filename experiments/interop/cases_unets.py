@@ -104,7 +104,8 @@ PLAIN = (
 def text_theirs(model: Any, inputs: Arrays) -> Arrays:
     """The output of theirs."""
     labels = {"class_labels": inputs["label"].long()} if "label" in inputs else {}
-    labels |= {"class_labels": inputs["vector"]} if "vector" in inputs else {}
+    name = "timestep_cond" if model.config.time_cond_proj_dim else "class_labels"
+    labels |= {name: inputs["vector"]} if "vector" in inputs else {}
     if "pooled" in inputs:
         labels["added_cond_kwargs"] = {"text_embeds": inputs["pooled"], "time_ids": inputs["numbers"]}
     return {"y": model(inputs["x"], inputs["t"], inputs["tokens"], **labels).sample}
@@ -179,6 +180,11 @@ TEXT = (
         "unclip", (2, 4, 8, 8), True, (("vector", (2, 10)),), block_out_channels=[8, 8], norm_num_groups=4,
         cross_attention_dim=6, attention_head_dim=2, class_embed_type="projection", layers_per_block=1,
         projection_class_embeddings_input_dim=10, freq_shift=1, flip_sin_to_cos=False, **crossed(True, False),
+    ),
+    # as LCM_Dreamshaper_v7: the strength of guidance beside the time
+    text(
+        "guided", (2, 4, 8, 8), False, (("vector", (2, 10)),), block_out_channels=[8, 8], norm_num_groups=4,
+        cross_attention_dim=6, attention_head_dim=2, time_cond_proj_dim=10, layers_per_block=1, **crossed(True, False),
     ),
     # as bk-sdm-small: without the bottom; and a bottom of one block
     text(

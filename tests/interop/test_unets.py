@@ -9,6 +9,7 @@ from diffjax import interop
 from diffjax import networks as nw
 from diffjax.interop import guided, text_unets, unets
 from diffjax.interop.text_unets import text_time
+from diffjax.interop.unet_rules import settled
 from diffjax.networks.layers import GroupNorm
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet_parts import ResBlock, added, enlarged, strided
@@ -53,6 +54,7 @@ def shapes(net, *args):
         ("UNet2DModel", SKIP | {"time_embedding_type": "fourier"}),
         ("UNet2DConditionModel", TEXT | {"mid_block_type": "UNetMidBlock2D", "in_channels": 9}),
         ("UNet2DConditionModel", TEXT | {"transformer_layers_per_block": [2, 3], "attention_head_dim": [1, 4]}),
+        ("UNet2DConditionModel", TEXT | {"time_cond_proj_dim": 5}),
         ("GuidedDiffusion", FLAGS | {"class_cond": True, "resblock_updown": True, "use_new_attention_order": True}),
         ("GuidedDiffusion", FLAGS | {"large_size": 8, "learn_sigma": True, "num_head_channels": 4}),
         ("ControlNetModel", {n: v for n, v in TEXT.items() if n != "up_block_types"}),
@@ -87,9 +89,17 @@ def test_the_configuration_of_a_module_makes_the_module(kind, config):
         ("UNet2DModel", SKIP | {"norm_num_groups": 4}, "blocks with skips need .* got {'norm_num_groups': 4}"),
         ("UNet2DModel", PLAIN | {"width": 3}, "UNet2DModel has no field width=3"),
         ("UNet2DConditionModel", TEXT | {"encoder_hid_dim": 5}, "encoder_hid_dim=5 has no counterpart"),
-        ("UNet2DConditionModel", TEXT | {"time_cond_proj_dim": 256}, "time_cond_proj_dim=256"),
+        (
+            "UNet2DConditionModel",
+            TEXT | {"time_cond_proj_dim": 256, "class_embed_type": "projection"},
+            r"\('projection', None, True\)",
+        ),
         ("UNet2DConditionModel", TEXT | {"conv_in_kernel": 5}, "conv_in_kernel=5"),
-        ("UNet2DConditionModel", TEXT | {"class_embed_type": "identity"}, r"\('identity', None\) has no counterpart"),
+        (
+            "UNet2DConditionModel",
+            TEXT | {"class_embed_type": "identity"},
+            r"\('identity', None, False\) has no counterpart",
+        ),
         ("UNet2DConditionModel", TEXT | {"layers_per_block": [1, 2]}, "layers_per_block=.* one value for all levels"),
         ("UNet2DConditionModel", TEXT | {"transformer_layers_per_block": [[1], [2]]}, "transformer_layers_per_block="),
         ("UNet2DConditionModel", TEXT | {"down_block_types": ["SimpleCrossAttnDownBlock2D"] * 2}, "SimpleCrossAttn"),
@@ -110,7 +120,11 @@ def test_what_has_no_counterpart_is_refused_by_name(kind, config, match):
     [
         ("UNet2DModel", {"kernel": 5}, "cannot express this UNet: kernel=5, in UNet2DModel 3"),
         ("UNet2DModel", {"frequencies": (1.0, 256.0)}, "frequencies="),
-        ("UNet2DModel", {"head_size": 4, "heads": (1, 3)}, "cannot express heads=.1, 3."),
+        (
+            "UNet2DModel",
+            {"head_size": 4, "heads": (1, 3)},
+            "attention_head_dim=5 does not divide 16 channels",
+        ),
         ("UNet2DConditionModel", {"late": True}, "late=True, in UNet2DConditionModel False"),
         ("GuidedDiffusion", {"middle": (True,)}, "middle=.True,., in GuidedDiffusion .True, False."),
     ],
@@ -168,6 +182,66 @@ def test_a_network_of_noise_levels_is_called_with_their_logarithm():
     np.testing.assert_allclose(net(3.0, np.ones((2, 1), np.float32), t)[:, 0], 3 * np.log(t) / t, rtol=1e-6)
 
 
+@pytest.mark.parametrize(
+    "kind, name, fields, config",
+    [
+        ("UNet2DConditionModel", "sd-1", {}, dict(cross_attention_dim=768)),
+        ("UNet2DConditionModel", "sd-2", {}, dict(cross_attention_dim=1024, attention_head_dim=[5, 10, 20, 20])),
+        (
+            "UNet2DConditionModel",
+            "sdxl",
+            {},
+            dict(block_out_channels=[320, 640, 1280], transformer_layers_per_block=[1, 2, 10], cross_attention_dim=2048)
+            | dict(attention_head_dim=[5, 10, 20], addition_embed_type="text_time", addition_time_embed_dim=256)
+            | dict(down_block_types=["DownBlock2D"] + ["CrossAttnDownBlock2D"] * 2, use_linear_projection=True)
+            | dict(
+                up_block_types=["CrossAttnUpBlock2D"] * 2 + ["UpBlock2D"], projection_class_embeddings_input_dim=2816
+            ),
+        ),
+        (
+            "UNet2DModel",
+            "ddpm-256",
+            dict(frequencies=nw.falling(1, False), out_channels=3),
+            dict(
+                block_out_channels=[128, 128, 256, 256, 512, 512], attention_head_dim=None, norm_eps=1e-6, freq_shift=1
+            )
+            | dict(down_block_types=["DownBlock2D"] * 4 + ["AttnDownBlock2D", "DownBlock2D"], downsample_padding=0)
+            | dict(up_block_types=["UpBlock2D", "AttnUpBlock2D"] + ["UpBlock2D"] * 4, flip_sin_to_cos=False),
+        ),
+        (
+            "UNet2DModel",
+            "ncsn++-256",
+            dict(frequencies=nw.kept_fourier(16.0), out_channels=3),
+            dict(
+                block_out_channels=[128, 128] + [256] * 5, attention_head_dim=None, norm_eps=1e-6, norm_num_groups=None
+            )
+            | dict(down_block_types=["SkipDownBlock2D"] * 4 + ["AttnSkipDownBlock2D"] + ["SkipDownBlock2D"] * 2)
+            | dict(up_block_types=["SkipUpBlock2D"] * 2 + ["AttnSkipUpBlock2D"] + ["SkipUpBlock2D"] * 4)
+            | dict(mid_block_scale_factor=2**0.5, time_embedding_type="fourier"),
+        ),
+        (
+            "GuidedDiffusion",
+            "adm-512",
+            dict(num_classes=1000, null_label=False, out_channels=6),
+            dict(image_size=512, num_channels=256, attention_resolutions="32,16,8", class_cond=True, learn_sigma=True)
+            | dict(num_head_channels=64, resblock_updown=True),
+        ),
+        (
+            "GuidedDiffusion",
+            "adm-64-256",
+            dict(num_classes=1000, null_label=False, out_channels=6),
+            dict(large_size=256, small_size=64, num_channels=192, attention_resolutions="32,16,8", num_heads=4)
+            | dict(class_cond=True, learn_sigma=True, resblock_updown=True),
+        ),
+    ],
+)
+def test_presets_are_what_published_configurations_make(kind, name, fields, config):
+    fields = dict(frequencies=nw.falling(), **({"out_channels": 4} if kind == "UNet2DConditionModel" else {})) | fields
+    peer = interop.CLASSES[kind]
+    assert settled(peer.network(config)) == settled(nw.preset(name, **fields))
+    assert peer.config(nw.preset(name, **fields)) == peer.config(peer.network(config))
+
+
 def test_published_sizes():
     sd = text_unets.network(dict(cross_attention_dim=768))
     args = np.zeros((1, 8, 8, 4), np.float32), np.zeros(1, np.float32), {"tokens": np.zeros((1, 77, 768), np.float32)}
@@ -184,12 +258,3 @@ def test_published_sizes():
         | dict(up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"])
     )
     assert nw.parameter_count(shapes(ddpm, state, args[1])) == 35_746_307
-
-
-def test_labels_without_a_null():
-    net = unets.network(PLAIN | {"num_class_embeds": 3})
-    x, t = np.zeros((1, 4, 4, 3), np.float32), np.zeros(1, np.float32)
-    assert shapes(net, x, t, np.int32([2]))["code"]["label"]["table"].shape == (3, 32)
-    with pytest.raises(ValueError, match=r"in \[0, 2\] \(there is no 'no label'\); got \[3\]"):
-        shapes_at = nw.random_parameters(net, x, t, np.int32([0]))
-        net.apply({"params": shapes_at}, x, t, np.int32([3]))

@@ -39,7 +39,7 @@ def test_falling_refuses(size, shift):
 
 def test_kept_frequencies_are_parameters_without_gradient():
     net = TimeCode(4, 6, nw.kept_fourier(2.0))
-    params = nw.random_parameters(net, T)
+    params = jax.jit(net.init)(jax.random.key(0), T)["params"]
     assert params["frequencies"].shape == (3,)
     grads = jax.jit(jax.grad(lambda p: net.apply({"params": p}, jnp.asarray(T)).sum()))(params)
     assert not np.any(grads["frequencies"]) and np.any(grads["hidden"]["kernel"])
@@ -49,12 +49,24 @@ def test_kept_frequencies_are_parameters_without_gradient():
     np.testing.assert_allclose(found[0], np.concatenate([np.sin(phase), np.cos(phase)]), atol=1e-5)
 
 
+def test_a_vector_beside_the_time():
+    net = nw.UNet(widths=(4,), blocks=1, attention=(), code=6, sinusoids=4, vector_size=3, early_vector=True)
+    code = shapes(net, X, T, {"vector": np.zeros((2, 3), np.float32)})["code"]
+    assert sorted(code) == ["time"] and code["time"]["vector"]["kernel"].shape == (3, 4)
+    time = TimeCode(6, 4)
+    params = jax.jit(time.init)(jax.random.key(0), T, np.ones((2, 3), np.float32))["params"]
+    a, b = (time.apply({"params": params}, jnp.asarray(T), jnp.full((2, 3), v)) for v in (0.0, 1.0))
+    bare = {name: p for name, p in params.items() if name != "vector"}
+    np.testing.assert_allclose(a, time.apply({"params": bare}, jnp.asarray(T)), rtol=1e-6)
+    assert np.abs(a - b).max() > 1e-3
+
+
 def test_labels_without_a_null():
     assert shapes(LabelEmbedding(3, 4, null=False), np.zeros(1, np.int32))["table"].shape == (3, 4)
     net = nw.UNet(widths=(4,), blocks=1, attention=(), num_classes=3, null_label=False)
     assert shapes(net, X, T, np.int32([0, 2]))["code"]["label"]["table"].shape[0] == 3
     with pytest.raises(ValueError, match=r"\[0, 2\] \(there is no 'no label'\); got \[3\]"):
-        jax.eval_shape(net.init, jax.random.key(0), X, T, np.int32([0, 3]))
+        jax.eval_shape(lambda key: net.init(key, X, T, np.int32([0, 3])), jax.random.key(0))
 
 
 @pytest.mark.parametrize(
