@@ -9,6 +9,7 @@ from __future__ import annotations
 from diffjax.interop.classes import CLASSES
 from diffjax.interop.inspection import Inspection, inspect
 from diffjax.interop.originals import load_dit
+from diffjax.interop.originals import load_dit, load_guided
 from diffjax.interop.peer import Peer
 from diffjax.interop.pipeline import Pipeline, load_pipeline, save_pipeline
 from diffjax.interop.pretrained import Pretrained, as_pretrained, from_tensors, load_pretrained, save_pretrained
@@ -34,6 +35,7 @@ __all__ = [
     "inspect",
     "load",
     "load_dit",
+    "load_guided",
     "load_pipeline",
     "load_pretrained",
     "open_tensors",

@@ -2,9 +2,10 @@
 
 A folder holds the tensors as safetensors and a `config.json` that names the class and the flags with which the model is
 made there: `{"_class_name": "GuidedDiffusion", "image_size": 256, "num_channels": 256, "class_cond": true, ...}`. Flags left
-out have the defaults of that repository; a network for higher resolution has `large_size` and `small_size` too. Two fields
-are ours: `num_classes`, 1000 there, and `norm_groups`, 32 there. Flags of precision, memory and diffusion are kept and change
-nothing here. The network for higher resolution takes as image the small picture, enlarged bilinearly to the state's size.
+out have the defaults of that repository. A file alone is read by `load_guided`, which is given the flags. A network for
+higher resolution has `large_size` and `small_size` too, and takes as image the small picture, enlarged bilinearly to the
+state's size. Two fields are ours: `num_classes`, 1000 there, and `norm_groups`, 32 there. Flags of precision, memory and
+diffusion are kept and change nothing of the network.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ MULTIPLES = {
     64: (1, 2, 3, 4),
 }
 LARGE = {512: (1, 1, 2, 2, 4, 4), 256: (1, 1, 2, 2, 4, 4), 64: (1, 2, 3, 4)}
+SCHEDULES = {"linear": "linear", "cosine": "squaredcos_cap_v2"}
 BLOCKS = {True: part(ResBlock, modulation=film), False: part(ResBlock, modulation=added)}
 RESIZE = {True: part(within, resize=halve), False: strided}
 
@@ -181,6 +183,25 @@ def fused(heads: int) -> tuple[Kind, Kind]:
     bias = by_head_fused(heads, 3)
     write = lambda a: (bias.write(a)[0][..., None],)
     return Kind(f"{bias.name} pointwise", lambda a: bias.read(a[..., 0]), write), bias
+
+
+def scheduler(config: Config) -> dict[str, Any]:
+    """The configuration of a scheduler that the flags of diffusion describe; of `timestep_respacing` it says nothing.
+
+    Raises: ValueError: `rescale_timesteps` with another number of steps than 1000.
+    """
+    c = options.read(KIND, config, DEFAULTS)
+    options.accept(KIND, "rescale_timesteps", c.rescale_timesteps, (False, c.diffusion_steps == 1000))
+    scale = 1000 / c.diffusion_steps
+    return dict(
+        _class_name="DDPMScheduler",
+        num_train_timesteps=c.diffusion_steps,
+        beta_schedule=options.accept(KIND, "noise_schedule", c.noise_schedule, SCHEDULES),
+        beta_start=scale * 1e-4,
+        beta_end=scale * 0.02,
+        prediction_type="sample" if c.predict_xstart else "epsilon",
+        variance_type="learned_range" if c.learn_sigma else "fixed_large",
+    )
 
 
 def example(module: UNet, config: Config) -> tuple:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
-from diffjax.interop import dit_original, tensors
+from diffjax.interop import dit_original, guided, tensors
 from diffjax.interop.pretrained import Pretrained, from_tensors, read_documents
 
 
@@ -28,5 +29,29 @@ def load_dit(path: Any, kind: str = "DiT", *, num_heads: int | None = None, dtyp
     found = tensors.open_tensors(path)
     config = {"_class_name": kind, **dit_original.config_of(found, num_heads=num_heads)}
     model = from_tensors(found, config, dtype)
+    return dataclasses.replace(model, documents=documents_beside(path))
+
+
+def load_guided(path: Any, flags: Mapping[str, Any], *, dtype: Any = None) -> Pretrained:
+    """ADM from a safetensors file with the names of guided diffusion, and the flags with which that repository makes it.
+
+    Its scheduler is that of the flags, so that `.denoiser()` and `save_pretrained` need no more.
+
+    Args:
+        path: the file.
+        flags: such as `{"image_size": 64, "num_channels": 192, "class_cond": True}`, see `guided`.
+        dtype: of the parameters; default as in the file.
+
+    Raises:
+        CheckpointError: no such file, a pickle, damaged, or tensors that do not fit the flags.
+        ValueError: a flag that is unknown or has no counterpart.
+    """
+    scheduler = guided.scheduler(flags)
+    model = from_tensors(tensors.open_tensors(path), {"_class_name": guided.KIND, **flags}, dtype)
+    return dataclasses.replace(model, scheduler=scheduler, documents=documents_beside(path))
+
+
+def documents_beside(path: Any) -> dict[str, str]:
+    """Licence and model card in the folder of a file."""
     place = pathlib.Path(path)
-    return dataclasses.replace(model, documents=read_documents(place if place.is_dir() else place.parent))
+    return read_documents(place if place.is_dir() else place.parent)

@@ -208,7 +208,7 @@ def config(module: UNet) -> dict[str, Any]:
         act_fn="silu",
         attention_head_dim=None if module.heads == 1 or len(sizes) != 1 else sizes.pop(),
         norm_num_groups=groups,
-        attn_norm_num_groups=None if bottom is unnormalised else norm_of(bottom)[0],
+        attn_norm_num_groups=None if bottom is unnormalised else norm_of(bottom)[0] or groups,
         norm_eps=eps,
         resnet_time_scale_shift=options.name_of(SHIFTS, block.get("modulation", film), "modulation"),
         add_attention=any(middle),

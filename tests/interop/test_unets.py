@@ -13,6 +13,7 @@ from diffjax.interop.unet_rules import settled
 from diffjax.networks.layers import GroupNorm
 from diffjax.networks.transformer import transformer
 from diffjax.networks.unet_parts import ResBlock, added, enlarged, strided
+from diffjax.training import CheckpointError
 
 PLAIN = dict(
     block_out_channels=[8, 16],
@@ -166,6 +167,28 @@ def test_queries_keys_and_values_in_both_orders():
     kernel, _ = guided.fused(2)
     np.testing.assert_array_equal(kernel.read(by_kind), by_head.T)
     np.testing.assert_array_equal(kernel.write(by_head.T)[0], by_kind)
+
+
+def test_a_file_of_guided_diffusion_with_its_flags(tmp_path):
+    flags = FLAGS | {"learn_sigma": True, "class_cond": True, "num_classes": 5, "num_res_blocks": 1}
+    net = guided.network(flags)
+    x, t, label = np.zeros((2, 4, 4, 3), np.float32), np.float32([3.0, 9.0]), np.int32([0, 4])
+    params = nw.random_parameters(net, x, t, label)
+    interop.write(tmp_path / "adm.safetensors", interop.save(guided.rules(net, flags), params))
+    model = interop.load_guided(tmp_path / "adm.safetensors", flags | {"noise_schedule": "cosine"})
+    jax.tree.map(np.testing.assert_array_equal, model.params, params)
+    interop.save_pretrained(tmp_path / "folder", model)
+    again = interop.load_pretrained(tmp_path / "folder")
+    assert again.module == net and again.scheduler == model.scheduler
+    process = again.schedule().process
+    steps = np.arange(1001)
+    cosine = np.cos((steps / 1000 + 0.008) / 1.008 * np.pi / 2) ** 2
+    alpha_bar = np.cumprod(1 - np.minimum(1 - cosine[1:] / cosine[:-1], 0.999))
+    np.testing.assert_allclose(np.asarray(process.alpha(jnp.float32(0.501))) ** 2, alpha_bar[500], rtol=1e-4)
+    with pytest.raises(ValueError, match="GuidedDiffusion: rescale_timesteps=True"):
+        interop.load_guided(tmp_path / "adm.safetensors", flags | {"diffusion_steps": 4000, "rescale_timesteps": True})
+    with pytest.raises(CheckpointError, match="missing .*label_emb"):
+        interop.load_guided(tmp_path / "adm.safetensors", FLAGS | {"class_cond": True, "num_res_blocks": 2})
 
 
 def test_the_vector_of_sdxl_is_the_text_and_sinusoids_of_every_number():
