@@ -1,4 +1,10 @@
-"""UNet2DConditionModel of diffusers as `networks.UNet`: Stable Diffusion 1, 2 and XL, their inpainting and upscaling."""
+"""UNet2DConditionModel of diffusers as `networks.UNet`: Stable Diffusion 1, 2 and XL, their inpainting and upscaling.
+
+Heads are given as `attention_head_dim`, a number of heads in spite of its name. Where there are more channels of input than
+of output, the last of them are the condition's image. What else stands in the condition: `tokens`; `label` for
+`num_class_embeds`; `vector` for `class_embed_type="projection"`, `addition_embed_type="text_time"` (made by `text_time`) and
+`time_cond_proj_dim`. Refused, among others: blocks of simple cross-attention, and depths or blocks that differ up and down.
+"""
 
 from __future__ import annotations
 
@@ -105,11 +111,22 @@ def encoder(kind: str, c: Any) -> dict[str, Any]:
     act = options.accept(kind, "act_fn", c.act_fn, {"silu": jax.nn.silu} if vector == "code" else options.ACTIVATIONS)
     shift = options.accept(kind, "resnet_time_scale_shift", c.resnet_time_scale_shift, SHIFTS)
     each = lambda name: levels(kind, name, getattr(c, name), n)
-    groups = options.accept(kind, "norm_num_groups", c.norm_num_groups, range(1, 1 << 16))
+    size = {"code": c.projection_class_embeddings_input_dim, "time": guidance, "": 0}[vector]
+    for name, value in (("norm_num_groups", c.norm_num_groups), ("projection_class_embeddings_input_dim", size)):
+        if value is None:
+            raise ValueError(
+                f"{kind}: {name}=None has no counterpart here beside the other fields; accepted is a number"
+            )
     heads, depths, only = (
         each(name) for name in ("attention_head_dim", "transformer_layers_per_block", "only_cross_attention")
     )
-    norm = part(GroupNorm, groups=groups)
+    reads = [*attends[:-1], attends[-1] or any(middle)]
+    if any(a and (h < 1 or width % h) for a, h, width in zip(reads, heads, c.block_out_channels, strict=True)):
+        raise ValueError(
+            f"{kind}: attention_head_dim={c.attention_head_dim}, the number of heads, does not divide "
+            f"block_out_channels={c.block_out_channels}"
+        )
+    norm = part(GroupNorm, groups=c.norm_num_groups)
     parts = [part(transformer, norm=norm, depth=d, only_tokens=o) for d, o in zip(depths, only, strict=True)]
     bottom = part(transformer, norm=norm, depth=depths[-1], only_tokens=False)
     return dict(
@@ -121,14 +138,14 @@ def encoder(kind: str, c: Any) -> dict[str, Any]:
         code=4 * c.block_out_channels[0],
         num_classes=c.num_class_embeds or 0,
         null_label=not c.num_class_embeds,
-        vector_size={"code": c.projection_class_embeddings_input_dim, "time": guidance}.get(vector) or 0,
+        vector_size=size,
         deep_vector=vector == "code",
         early_vector=vector == "time",
         token_size=one(kind, "cross_attention_dim", c.cross_attention_dim) if any(attends) or any(middle) else 0,
         frequencies=falling(int(c.freq_shift), c.flip_sin_to_cos),
         sinusoids=c.block_out_channels[0],
         act=act,
-        norm=part(GroupNorm, groups=groups, eps=c.norm_eps),
+        norm=part(GroupNorm, groups=c.norm_num_groups, eps=c.norm_eps),
         block=part(ResBlock, modulation=shift),
         mix=(*(p for p, a in zip(parts, attends, strict=True) if a), bottom),
         down=DOWN[

@@ -86,7 +86,7 @@ def network(config: Config) -> UNet:
         attention=attention,
         middle=middle if c.add_attention else (False,) * len(middle),
         code=c.time_embedding_dim or 4 * c.block_out_channels[0],
-        num_classes=classes(c),
+        num_classes=c.num_class_embeds or 0,  # none of theirs is "no label"
         null_label=not c.num_class_embeds,
         image_channels=max(c.in_channels - c.out_channels, 0),
         out_channels=c.out_channels,
@@ -167,11 +167,6 @@ def times(c: Any) -> dict[str, Any]:
     if options.accept(KIND, "time_embedding_type", c.time_embedding_type, kinds):
         return dict(frequencies=kept_fourier(16.0), sinusoids=2 * first)
     return dict(frequencies=falling(int(c.freq_shift), c.flip_sin_to_cos), sinusoids=first)
-
-
-def classes(c: Any) -> int:
-    """The number of classes; none of theirs is "no label"."""
-    return c.num_class_embeds or 0
 
 
 def config(module: UNet) -> dict[str, Any]:

@@ -2,12 +2,14 @@
 
 import jax
 import jax.numpy as jnp
+import ml_dtypes
 import numpy as np
 import pytest
 
 from diffjax import interop
 from diffjax import networks as nw
 from diffjax.interop import guided, text_unets, unets
+from diffjax.interop.rules import parted
 from diffjax.interop.text_unets import text_time
 from diffjax.interop.unet_rules import settled
 from diffjax.networks.layers import GroupNorm
@@ -96,6 +98,13 @@ def test_the_configuration_of_a_module_makes_the_module(kind, config):
             r"\('projection', None, True\)",
         ),
         ("UNet2DConditionModel", TEXT | {"conv_in_kernel": 5}, "conv_in_kernel=5"),
+        ("UNet2DConditionModel", TEXT | {"norm_num_groups": None}, "norm_num_groups=None has no counterpart"),
+        ("UNet2DConditionModel", TEXT | {"addition_embed_type": "text_time"}, "embeddings_input_dim=None has no"),
+        (
+            "UNet2DConditionModel",
+            TEXT | {"attention_head_dim": 3},
+            "attention_head_dim=3, the number of heads, does not",
+        ),
         (
             "UNet2DConditionModel",
             TEXT | {"class_embed_type": "identity"},
@@ -281,3 +290,20 @@ def test_published_sizes():
         | dict(up_block_types=["UpBlock2D", "UpBlock2D", "AttnUpBlock2D", "UpBlock2D"])
     )
     assert nw.parameter_count(shapes(ddpm, state, args[1])) == 35_746_307
+
+
+@pytest.mark.parametrize("shape", [(6, 5), (6,)])
+def test_one_matrix_of_theirs_as_two_of_ours(shape):
+    a = np.arange(np.prod(shape), dtype=ml_dtypes.bfloat16).reshape(shape)
+    kind = parted(2)
+    first, second = kind.read(a)
+    np.testing.assert_array_equal(first.T, a[:3])
+    np.testing.assert_array_equal(second.T, a[3:])
+    np.testing.assert_array_equal(kind.write(first, second)[0], a)
+    rules = [interop.Rule(("x", "y"), ("both",), kind)]
+    ours = interop.load(rules, {"both": a}, {"x": first, "y": second})
+    np.testing.assert_array_equal(interop.save(rules, ours)["both"], a)
+    with pytest.raises(CheckpointError, match=r"both: \[2, 2\] instead of"):
+        interop.load(rules, {"both": np.zeros((2, 2))}, {"x": first, "y": second})
+    with pytest.raises(ValueError, match="the rules do not fit the network: y"):
+        interop.load(rules, {"both": a}, {"x": first})
