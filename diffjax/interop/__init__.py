@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from diffjax.interop.classes import CLASSES
 from diffjax.interop.inspection import Inspection, inspect
+from diffjax.interop.lora import load_lora, save_lora
 from diffjax.interop.originals import load_dit
 from diffjax.interop.originals import load_dit, load_guided
 from diffjax.interop.peer import Peer
@@ -36,11 +37,13 @@ __all__ = [
     "load",
     "load_dit",
     "load_guided",
+    "load_lora",
     "load_pipeline",
     "load_pretrained",
     "open_tensors",
     "read_schedule",
     "save",
+    "save_lora",
     "save_pipeline",
     "save_pretrained",
     "schedule_config",

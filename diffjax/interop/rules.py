@@ -22,12 +22,15 @@ class Kind(NamedTuple):
     """A pair of inverse functions.   read(*theirs) -> ours,   write(ours) -> theirs, a tuple
 
     Where several arrays of ours are made together, read returns a tuple and write takes as many. Both only move numbers.
-    `write` uses methods of arrays alone, so that shapes can be traced through it.
+    `write` uses methods of arrays alone, so that shapes can be traced through it. A kind of kernels sorts either their inputs
+    or, if `outputs`, their outputs; `heads` is the number of heads that it sorts by.
     """
 
     name: str
     read: Callable[..., Any]
     write: Callable[..., tuple]
+    outputs: bool = False
+    heads: int = 0
 
 
 class Rule(NamedTuple):
@@ -86,14 +89,15 @@ def by_head(heads: int, n: int) -> Kind:
         rows = a.T.reshape(heads, n, -1, *a.T.shape[1:])
         return tuple(rows[:, i].reshape(-1, *rows.shape[3:]) for i in range(n))
 
-    return Kind(f"by_head({heads}, {n})", read, write)
+    return Kind(f"by_head({heads}, {n})", read, write, True, heads)
 
 
 @functools.cache
 def by_head_fused(heads: int, n: int) -> Kind:
     """The same, from one matrix whose rows are sorted by kind, then head.   [n heads D, in] <-> [in, heads n D]"""
     turn = lambda a, first, second: a.reshape(first, second, -1, *a.shape[1:]).swapaxes(0, 1).reshape(a.shape)
-    return Kind(f"by_head_fused({heads}, {n})", lambda a: turn(a, n, heads).T, lambda a: (turn(a.T, heads, n),))
+    write = lambda a: (turn(a.T, heads, n),)
+    return Kind(f"by_head_fused({heads}, {n})", lambda a: turn(a, n, heads).T, write, True, heads)
 
 
 def qkv(heads: int) -> Kind:
@@ -111,7 +115,7 @@ def chunks(order: tuple[int, ...]) -> Kind:
     """Equal chunks of the outputs in another order: our i-th is their order[i]-th.   [n d, in] <-> [in, n d], or biases"""
     back = tuple(int(i) for i in np.argsort(order))
     move = lambda a, order: a.reshape(len(order), -1, *a.shape[1:])[np.asarray(order)].reshape(a.shape)
-    return Kind(f"chunks{order}", lambda a: move(a, order).T, lambda a: (move(a.T, back),))
+    return Kind(f"chunks{order}", lambda a: move(a, order).T, lambda a: (move(a.T, back),), True)
 
 
 @functools.cache
@@ -119,7 +123,7 @@ def parted(n: int) -> Kind:
     """One matrix as n of ours, or biases: equal parts of its outputs.   [n d, in] <-> n of [in, d]"""
     read = lambda a: tuple(part.T for part in a.reshape(n, -1, *a.shape[1:]))
     write = lambda *parts: (parts[0].__array_namespace__().concatenate([part.T for part in parts]),)
-    return Kind(f"parted({n})", read, write)
+    return Kind(f"parted({n})", read, write, True)
 
 
 @functools.cache

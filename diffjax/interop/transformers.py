@@ -68,7 +68,7 @@ def packed_out(p: int) -> Kind:
     def write(a: Any) -> tuple:
         return (a.T.reshape(p * p, -1, *a.T.shape[1:]).swapaxes(0, 1).reshape(a.T.shape),)
 
-    return Kind(f"packed_out({p})", read, write)
+    return Kind(f"packed_out({p})", read, write, True)
 
 
 def both(ours: str, theirs: str, kind: Kind) -> list[Rule]:
