@@ -54,7 +54,7 @@ class Diversion:
 
     def gates(self, params: PyTree, instruction: Any) -> jax.Array:
         """How much of each tailor an instruction asks for, one on average.   [B, e] -> [B, tailors]"""
-        share = jax.nn.softmax(dense(params["gate"], instruction), axis=-1)
+        share = jax.nn.softmax(dense(params["gate"], jnp.asarray(instruction)), axis=-1)
         if self.active < self.tailors:
             best, chosen = jax.lax.top_k(share, self.active)
             share = (best[..., None] * jax.nn.one_hot(chosen, self.tailors, dtype=share.dtype)).sum(-2)

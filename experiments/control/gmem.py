@@ -43,7 +43,7 @@ NEW, RANK, MARKS = 9, 16, 20
 
 def run(preset):
     full = preset == "full"
-    steps, batch, n, widths = (1200, 64, 400, (16, 32)) if full else (20, 4, 8, (4, 8))
+    steps, batch, n, width, depth = (1500, 64, 400, 48, 3) if full else (20, 4, 8, 8, 1)
     judge = bases.judge(full)
     seen, held = ({k: np.asarray(a) for k, a in bases.digits(split).items()} for split in ("train", "test"))
     old = seen["label"] != NEW
@@ -58,7 +58,7 @@ def run(preset):
 
     found, curves = {}, {}
     for name, field in (("label", {"num_classes": 10}), ("vector", {"vector_size": size})):
-        net = networks.from_linen(networks.UNet(widths=widths, blocks=1, attention=(1,), **field))
+        net = networks.from_linen(networks.DiT(width=width, depth=depth, heads=2, patch=2, **field))
         null = {"label": np.int32(10)} if name == "label" else {"vector": np.zeros(size, np.float32)}
         model = lambda p, net=net, null=null: diffjax.denoiser(net, bases.PROCESS, diffjax.from_velocity, p, null=null)
         pick = lambda arrays, name=name: {k: arrays[k] for k in ("x", name)}
