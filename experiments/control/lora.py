@@ -7,9 +7,9 @@ these pictures; the base stays. Then, for `turned` and `negative`,
     W' = W + w (alpha / r) A B:   `*_accuracy` of a judge that sees the drawn digits with the style undone.
 
 `base_accuracy` is that of the base, `half_*` of a weight of one half (the style is either there or not, in between),
-`both_accuracy` of the two LoRAs together, which were never trained together. `merge_error` compares the merged network with
-the one that has adapters beside it, `unmerge_error` the weights that come back; `file_share` is the size of the file in that of
-the base's.
+`both_accuracy` of the two LoRAs together, which were never trained together and do not add up here. `merge_error` compares the
+merged network with the one that has adapters beside it, `unmerge_error` the weights that come back; `file_share` is the size of
+the file in that of the base's.
 
 A style is learned with the labels that it was shown with: from four pictures each of the classes 0 to 4 alone, the classes 5 to
 9 came out as one of those (accuracy .13 and .09).

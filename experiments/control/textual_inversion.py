@@ -1,13 +1,14 @@
 """Textual inversion: two new words for a frozen network that reads captions, from sixteen pictures each.
 
-The base draws digits from captions such as `a digit ONE`. The first word, `a digit *`, starts from ONE and is trained on ones of
-one hand: the smaller of two clusters of that class, which the base draws now and then. The second starts from `nothing`, and is
-trained on sevens, as if the base had no word for them. All that is trained are two vectors of 16 numbers, each added to the
-token that it stands for; the loss is that of the base.
+The base draws digits from captions such as `a digit ONE`. The first word, three vectors long, starts from this caption and is
+trained on ones of one hand: the smaller of two clusters of that class, which the base draws now and then. The second, `a digit
+*`, starts from `nothing`, and is trained on sevens, as if the base had no word for them. All that is trained are four vectors of
+16 numbers, each added to the token that it stands for; the loss is that of the base.
 
-`hand_share` is how many pictures of `a digit *` are nearest to the mean of its cluster, `plain_share` that of `a digit ONE`;
+`hand_share` is how many pictures of the first word are nearest to the mean of its cluster, `plain_share` that of `a digit ONE`;
 `hand_accuracy` and `word_accuracy` are of a judge that is to find ones and sevens, `start_accuracy` of the second word before.
-`old_error` is how much other captions change: nothing.
+`old_error` is how much other captions change: nothing. With one vector for the hand its share was .49; what the network never
+does for any caption, no word can say.
 """
 
 import jax
@@ -24,15 +25,15 @@ from experiments.recipe import Recipe, at_least, at_most
 RECIPE = Recipe(
     ledger=None,
     paper="arXiv:2208.01618",
-    claim="one vector learned from sixteen pictures makes a frozen network draw ones of one hand; another one finds the sevens "
-    "from no word at all",
+    claim="three vectors learned from sixteen pictures make a frozen network draw more ones of one hand; another one finds the "
+    "sevens from no word at all",
     expect={
         "hand_share": at_least(0.8),
         "share_gain": at_least(0.25),
         "hand_accuracy": at_least(0.8),
         "word_accuracy": at_least(0.8),
         "old_error": at_most(0.0),
-        "numbers_trained": at_most(32),
+        "numbers_trained": at_most(64),
     },
     minutes=2,
 )
@@ -41,7 +42,7 @@ ONE, SEVEN, PICTURES = 1, 7, 16
 
 def run(preset):
     full = preset == "full"
-    steps, n = (800, 100) if full else (4, 4)
+    steps, n = (1200, 100) if full else (4, 4)
     base, judge = bases.load("text", preset), bases.judge(full)
     digits = {name: np.asarray(a) for name, a in bases.digits("train").items()}
     ones, sevens = (digits["x"][digits["label"] == k] for k in (ONE, SEVEN))
@@ -49,16 +50,10 @@ def run(preset):
     hand = np.argmin(np.bincount(hands.labels_))
     pictures = np.concatenate([ones[hands.labels_ == hand][:PICTURES], sevens[:PICTURES]])
 
-    fn = adapters.adapt(base.fn, words=adapters.textual_inversion(2))
-    starts = bases.caption(np.array([ONE, 10]))["tokens"]  # the tokens that the two words start from
-    said = (
-        lambda word: {  # captions `a digit *` for words 0 and 1
-            "tokens": jnp.concatenate(
-                [bases.caption(np.full(len(word), ONE))["tokens"][:, :2], starts[word, 2:]], axis=1
-            ),
-            "words": jnp.stack([jnp.full(len(word), -1), jnp.full(len(word), -1), jnp.asarray(word)], axis=1),
-        }
-    )
+    fn = adapters.adapt(base.fn, words=adapters.textual_inversion(4))
+    starts = bases.caption(np.array([ONE, ONE]))["tokens"].at[1, 2].set(bases.word("nothing"))
+    places = np.array([[0, 1, 2], [-1, -1, 3]])
+    said = lambda word: {"tokens": starts[word], "words": jnp.asarray(places[word])}
     word = np.repeat([0, 1], [len(pictures) - PICTURES, PICTURES])
     arrays = {"x": pictures, **said(word)}
     cond = training.condition(arrays)
