@@ -12,7 +12,7 @@ merged network with the one that has adapters beside it, `unmerge_error` the wei
 the file in that of the base's.
 
 A style is learned with the labels that it was shown with: from four pictures each of the classes 0 to 4 alone, the classes 5 to
-9 came out as one of those (accuracy .13 and .09).
+9 were drawn with an accuracy of .13 and .09.
 """
 
 import tempfile
