@@ -64,7 +64,7 @@ class ControlNorm:
             nothing = self._controls(params, site, {})
             each = jax.vmap(lambda some: self._controls(params, site, some), in_axes=1)(own)  # [K, B, *n, 2 c]
             masks = lambda like: blurred(boxes, like.shape[1:-1]).astype(like.dtype)
-            blend = lambda all_k, no: no + (masks(no) * (all_k - no)).sum(0)
+            blend = lambda some, no: no + (masks(no) * (some - no[None])).sum(0)
             found = {name: blend(each[name], nothing[name]) for name in nothing}
         pairs = {name: jnp.split(strength(c, weight), 2, axis=-1) for name, c in found.items()}
         return Change(write={n: lambda y, gamma=g, beta=b: modulate(y, beta, gamma) for n, (g, b) in pairs.items()})
@@ -126,7 +126,7 @@ def blurred(boxes: Any, axes: tuple[int, ...]) -> jax.Array:
     """
 
     def side(low: Any, high: Any, n: int) -> Any:  # the share of a blurred interval, [B, K, n]
-        at, width = (jnp.arange(n) + 0.5) / n, 1 / 16
+        at, width = (jnp.arange(n, dtype=low.dtype) + 0.5) / n, 1 / 16
         edge = lambda end: jax.lax.erf((at.reshape(1, 1, -1) - end[..., None]) / (width * math.sqrt(2)))
         return (edge(low) - edge(high)) / 2
 

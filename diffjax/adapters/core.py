@@ -38,7 +38,8 @@ class Site(NamedTuple):
 
     def shapes(self, *names: str) -> dict[str, Any]:
         """Shapes and dtypes of taps, without computing anything."""
-        return jax.eval_shape(lambda: self.read(*names))
+        found = jax.eval_shape(lambda: self.read(*names))
+        return {name: found[name] for name in names}  # a dict that JAX returns is sorted
 
 
 class Change(NamedTuple):

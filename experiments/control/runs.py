@@ -18,10 +18,13 @@ def first(arrays, n=1):
     return {name: a[:n] for name, a in arrays.items()}
 
 
-def beside(base, arrays, seed=0, **named):
-    """`(fn, params)` of the base with fresh adapters, for data `{x, label, and what each adapter reads under its name}`."""
+def beside(base, arrays, condition=training.condition, **named):
+    """`(fn, params)` of the base with fresh adapters, for data `{x, label, and what each adapter reads under its name}`.
+
+    condition: batch -> condition, where these are not the same.
+    """
     fn, one = adapters.adapt(base.fn, **named), first(arrays)
-    params = jax.jit(fn.init)(jax.random.key(seed), base.params, one["x"], jnp.zeros(1), training.condition(one))
+    params = jax.jit(fn.init)(jax.random.key(0), base.params, one["x"], jnp.zeros(1), condition(one))
     return fn, params
 
 
@@ -45,9 +48,9 @@ def draw(denoiser, cond, shape, *, steps=12, seed=1):
     return _drawn(jax.random.key(seed), denoiser.bind(cond), solvers.heun(PROCESS, times.uniform(steps)), x)
 
 
-def start_difference(base, fn, params, batch):
+def start_difference(base, fn, params, batch, condition=training.condition):
     """The largest difference that a fresh adapter makes to the base, in programs without fusion."""
-    t, cond = jnp.linspace(0.1, 0.9, len(batch["x"])), training.condition(batch)
+    t, cond = jnp.linspace(0.1, 0.9, len(batch["x"])), condition(batch)
     own = {name: a for name, a in cond.items() if name not in params["adapters"]} if isinstance(cond, dict) else cond
     changed = jax.jit(fn, compiler_options=PLAIN)(params, batch["x"], t, cond)
     plain = jax.jit(base.fn, compiler_options=PLAIN)(base.params, batch["x"], t, own or None)
