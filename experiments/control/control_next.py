@@ -42,7 +42,7 @@ NEXT = {
 
 def run(preset):
     full = preset == "full"
-    steps, seeds, n, sampling = (600, 3, 360, 8) if full else (2, 1, 4, 2)
+    steps, seeds, n, sampling = (600, 3, 360, 8) if full else (4, 1, 4, 2)
     base = bases.load("unet", preset)
     seen, held = ({**a, "edge": hints.edges(a["x"])} for a in (bases.digits("train"), bases.digits("test")))
     held = runs.first(held, n)

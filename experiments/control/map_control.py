@@ -6,6 +6,8 @@ map, and whose block outputs enter the frozen decoder through convolutions from 
 trained by the usual loss with half of the labels left out. Then both get maps of held-out digits: the net with the label and
 without it, the base with the label alone. Where a sample is brighter than the threshold it is compared with the map.
 
+Digits of 8 x 8 overlap also where nothing controls them, by two thirds for equal labels, so that a base below 0.3, as it is for
+maps of cities, cannot be had here; what is bounded is the part of the union that is missed, over that of the base.
 `converged` is the part of all steps after which the intersection over union had come within a tenth of its last value: the
 sudden convergence that is described for large networks is here a steep first part.
 """
@@ -21,13 +23,13 @@ from experiments.recipe import Recipe, at_least, at_most
 RECIPE = Recipe(
     ledger=228,
     paper="Generate Your Own Scotland: Satellite Image Generation Conditioned on Maps",
-    claim="samples keep to the map with an intersection over union >= 0.7, those of the base do not, which stays bit-identical",
+    claim="samples keep to the map with an intersection over union >= 0.7, they miss <= 0.25 of what the base misses, which stays bit-identical",
     expect={
         "start_difference": at_most(1e-6),
         "base_moved": at_most(0.0),
         "iou": at_least(0.7),
         "iou_without_label": at_least(0.7),
-        "iou_over_base": at_least(1.5),
+        "missed_over_base": at_most(0.25),
         "accuracy_over_base": at_least(0.98),
     },
     minutes=1,
@@ -63,7 +65,8 @@ def run(preset):
         "iou": iou(controlled),
         "iou_without_label": iou(unlabelled),
         "iou_of_base": iou(plain),
-        "iou_over_base": iou(controlled) / iou(plain),
+        "iou_of_base_without_label": iou(draw(params, nothing, 0.0)),
+        "missed_over_base": (1 - iou(controlled)) / (1 - iou(plain)),
         "accuracy": right(controlled),
         "accuracy_over_base": right(controlled) / right(plain),
         "converged": (1 + np.argmax(course >= 0.9 * course[-1])) / marks,

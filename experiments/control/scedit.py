@@ -52,7 +52,7 @@ def bold(x):
 
 def run(preset):
     full = preset == "full"
-    steps, n, sampling, batch = (1200, 360, 12, 128) if full else (2, 4, 2, 4)
+    steps, n, sampling, batch = (1200, 360, 12, 128) if full else (4, 4, 2, 4)
     base = bases.load("unet", preset)
     seen, held = bases.digits("train"), runs.first(bases.digits("test"), n)
     label, classify = {"label": held["label"]}, bases.judge(full)
