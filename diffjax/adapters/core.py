@@ -56,7 +56,10 @@ class Adapter(Protocol):
     """A hashable value (a frozen dataclass) whose fields are numbers, strings and tuples of these, so that a file holds it."""
 
     def init(self, key: Any, site: Site) -> PyTree:
-        """Fresh parameters in nested dicts, with which `change` changes nothing; of `site` its shapes matter alone."""
+        """Fresh parameters in nested dicts, with which `change` changes nothing.
+
+        Of `site` its shapes matter alone, and the values of `base` to those that start as a copy of it.
+        """
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """What it does with these parameters.   weight: float scalar array or None for one; zero changes nothing"""

@@ -41,7 +41,7 @@ def made(kind, x, where):
 
 def run(preset):
     full = preset == "full"
-    steps, n, sampling = (600, 256, 10) if full else (2, 4, 2)
+    steps, n, sampling = (500, 192, 8) if full else (2, 4, 2)
     base = bases.load("photo", preset)
     seen, rest = bases.photos("train"), bases.photos("test")
     held, others = runs.first(rest, n), rest["x"][n : 3 * n]  # no hint is made of the others

@@ -23,7 +23,8 @@ from experiments.recipe import Recipe, at_least, at_most
 RECIPE = Recipe(
     ledger=228,
     paper="Generate Your Own Scotland: Satellite Image Generation Conditioned on Maps",
-    claim="samples keep to the map with an intersection over union >= 0.7, they miss <= 0.25 of what the base misses, which stays bit-identical",
+    claim="samples keep to the map with an intersection over union >= 0.7 and miss <= 0.25 of what the base misses, which stays "
+    "bit-identical",
     expect={
         "start_difference": at_most(1e-6),
         "base_moved": at_most(0.0),

@@ -4,7 +4,7 @@ The base is a flow on the digits that knows labels. Three things are done with s
 - the style of bold digits (every place as bright as the brightest of its 3 x 3) is learned from pictures of the training set,
   without a condition c. The ink of samples is compared with that of bold held-out digits;
 - edges are followed, as by ControlNet, c being encoded by a cascade of convolutions (the controllable tuner);
-- one gradient of the loss is compiled for the tuner and for LoRA of all kernels, of about as many parameters and more, and its
+- one gradient of the loss is compiled for the tuner and for LoRA of all kernels, of rank one, and its
   temporary memory, operations and seconds (the least of several alternating runs) compared.
 With `stop`, the gradient that parameters of the encoder would have is identically zero; that of the decoder is not.
 """
@@ -115,7 +115,7 @@ def gradients(base, batch):
 def costs(base, batch, rounds):
     """Memory, operations and seconds of one gradient beside those of LoRA."""
     found = {}
-    for name, adapter in (("tuner", adapters.skip_tuner(16)), ("lora", adapters.lora(4))):
+    for name, adapter in (("tuner", adapters.skip_tuner(16)), ("lora", adapters.lora(1))):
         fn, fresh = runs.beside(base, batch, named, style=adapter)
         trained, rest = training.split(fresh, "^adapters/")
         step = jax.jit(jax.grad(lambda p, rest, fn=fn: loss_of(base, fn, batch)(training.join(p, rest))))
