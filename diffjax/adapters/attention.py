@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.adapters.core import Change, Site, strength
+from diffjax.adapters.maps import dense, fresh
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.layers import at_least_float32, fan_in_uniform, plain_norm
 from diffjax.networks.taps import per_layer, tap_names
@@ -31,16 +32,16 @@ class ParallelAttention:
     def init(self, key: Any, site: Site) -> PyTree:
         """`{"at": {attention: {"key", "value"}}, "encoder": ...}`, `value` from zero."""
         tokens, _ = read_tokens(site.own, site.x)
-        size, fresh = tokens.shape[-1], {}
+        size, encoder = tokens.shape[-1], {}
         if self.hidden:
-            fresh["encoder"] = fresh_mlp(key, size, self.hidden, self.hidden)
+            encoder = {"encoder": fresh_mlp(key, size, self.hidden, self.hidden)}
             size = self.hidden
         at = {}
         for i, (path, (layers, heads, features)) in enumerate(attentions(site, self.targets).items()):
             shape = (*layers, size, heads, features)
             at[path + "/key"] = fan_in_uniform(size)(jax.random.fold_in(key, i), shape)
             at[path + "/value"] = jnp.zeros(shape)
-        return {**fresh, "at": nested(at)}
+        return {**encoder, "at": nested(at)}
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """Attention with the branch beside it."""
@@ -185,15 +186,13 @@ def heads_of(tokens: Any, kernel: Any, dtype: Any) -> jax.Array:
 def fresh_mlp(key: Any, *sizes: int) -> PyTree:
     """Parameters of `mlp` of these sizes.   {"0": {"kernel", "bias"}, "1": ...}"""
     layers = zip(sizes[:-1], sizes[1:], jax.random.split(key, len(sizes) - 1), strict=True)
-    return {str(i): {"kernel": fan_in_uniform()(k, (n, m)), "bias": jnp.zeros(m)} for i, (n, m, k) in enumerate(layers)}
+    return {str(i): fresh(k, n, m) for i, (n, m, k) in enumerate(layers)}
 
 
 def mlp(params: PyTree, x: Any) -> jax.Array:
     """Dense layers with gelu between them.   [..., n] -> [..., m]"""
     for i in range(len(params)):
-        layer = params[str(i)]
-        x = (jax.nn.gelu(x) if i else x) @ layer["kernel"]
-        x = x + layer["bias"].reshape((1,) * (x.ndim - 1) + (-1,))
+        x = dense(params[str(i)], jax.nn.gelu(x) if i else x)
     return x
 
 

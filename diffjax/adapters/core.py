@@ -53,7 +53,10 @@ class Change(NamedTuple):
 
 
 class Adapter(Protocol):
-    """A hashable value (a frozen dataclass) whose fields are numbers, strings and tuples of these, so that a file holds it."""
+    """A hashable value (a frozen dataclass) whose fields are numbers, strings and tuples of these, so that a file holds it.
+
+    It may also have `delta(params, site, weight)`, for `Adapted.merge`, and `cache(params, site)`, for `Adapted.cache`.
+    """
 
     def init(self, key: Any, site: Site) -> PyTree:
         """Fresh parameters in nested dicts, with which `change` changes nothing.

@@ -42,7 +42,7 @@ RECIPE = Recipe(
     },
     minutes=2,
 )
-STEPS = 20
+STEPS, RATE = 20, 1e-2
 
 
 def means(x):
@@ -55,7 +55,7 @@ MAKERS = {"edge": lambda x: 2 * hints.edges(x) - 1, "means": means}  # as clean 
 
 def run(preset):
     full = preset == "full"
-    steps, n, rank = (1500, 360, 8) if full else (2, 4, 2)
+    steps, n, rank = (1500, 360, 16) if full else (2, 4, 2)
     base = bases.load("dit", preset)
     seen, held = bases.digits("train"), jax.tree.map(lambda a: a[:n], bases.digits("test"))
     shape, label = held["x"].shape, {"label": held["label"]}
@@ -67,7 +67,7 @@ def run(preset):
             jax.random.key(0), base.params, one["x"], jnp.zeros(1), {k: one[k] for k in ("label", name)}
         )
         model = lambda p, fn=fn: base.denoiser(p, fn)
-        params = trainer(model, losses.flow_matching(label_drop=0.0), steps, rate=4e-3, trainable="^adapters/")(
+        params = trainer(model, losses.flow_matching(label_drop=0.0), steps, rate=RATE, trainable="^adapters/")(
             fresh, data
         )
         moved = jax.tree.map(lambda a, b: jnp.abs(a - b).max(), base.params, params["base"])
