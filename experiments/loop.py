@@ -11,8 +11,8 @@ def trainer(
 ):
     """A compiled `(params, arrays, seed=0) -> averaged parameters` after `steps` batches drawn with replacement.
 
-    model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}.   marks: stops, equally far from
-    each other, at which the average is kept; with more than one, the leaves of the result are [marks, ...].   condition,
+    model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}, each an array or a pytree.
+    marks: stops, equally far from each other, at which the average is kept; with more than one, the leaves of the result are [marks, ...].   condition,
     trainable: see `make_train_step`; what is not trained comes back as it was.
     """
     optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1)), clip=1.0)
@@ -22,8 +22,9 @@ def trainer(
     @jax.jit
     def run(state, arrays):
         def update(state, _):
-            pick = jax.random.randint(jax.random.fold_in(state.key, -1 - state.step), (batch,), 0, len(arrays["x"]))
-            return step(state, {name: a[pick] for name, a in arrays.items()})[0], None
+            size = len(jax.tree.leaves(arrays)[0])
+            pick = jax.random.randint(jax.random.fold_in(state.key, -1 - state.step), (batch,), 0, size)
+            return step(state, jax.tree.map(lambda a: a[pick], arrays))[0], None
 
         def stretch(state, _):
             state = jax.lax.scan(update, state, length=steps // marks)[0]

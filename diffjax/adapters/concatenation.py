@@ -31,13 +31,12 @@ class Concatenation:
         whole, own = isinstance(site.x, dict), site.own
         if own is None and not whole:
             return change
-        if (whole and set(site.x) != set(PARTS)) or (
-            own is not None and (not isinstance(own, dict) or set(own) != {PARTS[1]})
-        ):
-            given = sorted(own) if isinstance(own, dict) else type(own).__name__
+        named = own is None or (isinstance(own, dict) and set(own) == {PARTS[1]})
+        if (whole and set(site.x) != set(PARTS)) or not named:
+            got = sorted(own) if isinstance(own, dict) else type(own).__name__
             raise ValueError(
-                'concatenation takes the state {"x", "reference"}, or the state alone and {"reference": ...} in its '
-                f"condition; got {sorted(site.x) if whole else 'a state alone'} and {given}"
+                'concatenation takes {"reference": ...} as its condition, and the state alone or {"x", "reference"}; '
+                f"got the condition {got} and the state {sorted(site.x) if whole else 'alone'}"
             )
         return change._replace(inputs=self._canvas(own, whole), output=self._halves(whole))
 

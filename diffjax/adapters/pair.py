@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -311,7 +310,8 @@ def _rows(a: Any) -> int | None:
     return a.shape[0] if getattr(a, "ndim", 0) else None
 
 
-def _join(f: Callable[..., Any] | None, g: Callable[..., Any]) -> Callable[..., Any]:
+def _join(f: Any, g: Any) -> Any:
+    """g, where no f is."""
     if f is not None:
         raise ValueError("the branches meet in a module that holds arrays itself")
     return g

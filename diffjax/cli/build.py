@@ -12,13 +12,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from diffjax import adapters as adapters_
 from diffjax import data as data_
 from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
 from diffjax.cli import model as models
-from diffjax.cli.config import Objective, Path, Sampler, Train, Training
+from diffjax.cli.config import Adapter, Objective, Path, Sampler, Train, Training
 from diffjax.training import Layout, TrainStep, devices, dynamics, ema, make_train_step, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
+TRAINED = "^adapters/"  # of the parameters of a run with an adapter
 AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
 
 
@@ -94,24 +96,41 @@ class ModelOf:
     vector: int  # length of the augmentation vector
     dropout: bool
     fields: bool  # conditions are dicts, as in batches with an augmentation vector; else labels alone
+    adapters: tuple[tuple[str, Any], ...] = ()  # beside the network
 
     def __call__(self, params: Any) -> Denoiser:
         """The denoiser with these parameters."""
         null = {"label": self.num_classes} if self.fields and self.num_classes else self.num_classes or None
+        fn = networks.from_linen(self.module)
+        fn = adapters_.adapt(fn, **dict(self.adapters)) if self.adapters else fn
         return prediction.denoiser(
-            LabelsAlone(networks.from_linen(self.module), self.vector), process(self.path), READERS[self.prediction],
+            LabelsAlone(fn, self.vector), process(self.path), READERS[self.prediction],
             params, null=null, time=prediction.time_log_sigma, input_scale=prediction.edm_scale(1.0),
             dropout=self.dropout,
         )  # fmt: skip
 
 
-def model(config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool) -> Any:
-    """How parameters become the denoiser of a run; while training, of `trained` parameters and its batches' conditions."""
+def adapters(config: Adapter) -> dict[str, Any]:
+    """The adapter of a run by its name beside the network, or none."""
+    if config.kind == "none":
+        return {}
+    given = {} if config.targets is None else {"targets": config.targets}
+    return {"adapter": adapters_.CATALOGUE[config.kind].build(config.rank, **given)}
+
+
+def model(
+    config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool, others: Mapping[str, Any] | None = None
+) -> Any:
+    """How parameters become the denoiser of a run; while training, of `trained` parameters and its batches' conditions.
+
+    others: adapters beside the network in place of the run's own.
+    """
     vector = vector_size(config.training)
     module = models.network(config.model, shape, num_classes, vector)
     made = ModelOf(
         module, config.process, config.objective.prediction, num_classes, vector,
         dropout=training and config.model.dropout > 0, fields=training and vector > 0,
+        adapters=tuple((adapters(config.adapter) if others is None else others).items()),
     )  # fmt: skip
     return losses.uncertainty().model(made) if training and config.objective.uncertainty else made
 
@@ -180,6 +199,7 @@ def train_step(config: Train, shape: tuple[int, ...], num_classes: int | None) -
         emas=averages(t), accumulate=t.accumulate, learning_rate=schedule,
         augment=None if t.augment == "none" else Augment(t.augment),
         monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
+        trainable=None if config.adapter.kind == "none" else TRAINED,
     )  # fmt: skip
 
 

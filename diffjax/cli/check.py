@@ -40,6 +40,7 @@ RULES: dict[str, Rule] = {
     "objective.law_std": POSITIVE,
     "objective.label_drop": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "latent_steps": COUNT,
+    "adapter.rank": COUNT,
     "training.steps": COUNT,
     "training.batch_size": COUNT,
     "training.learning_rate": POSITIVE,
@@ -88,6 +89,21 @@ def number(name: str, value: Any, rule: Rule) -> None:
         raise ValueError(f"{option(name)} must be {accepted}; got {value}")
 
 
+def adapter(settings: Train) -> None:
+    """Refuse options that do not go with an adapter.   Raises: ValueError."""
+    if settings.init is None:
+        raise ValueError(
+            f"--adapter {settings.adapter.kind} is trained beside a trained network; add --init RUN or FILE.safetensors"
+        )
+    for name, given in (
+        ("objective.uncertainty", settings.objective.uncertainty),
+        ("training.ema_power", settings.training.ema_power),
+        ("training.magnitudes", settings.training.magnitudes),
+    ):
+        if given:
+            raise ValueError(f"{option(name)} does not go with --adapter {settings.adapter.kind}; leave one of them out")
+
+
 def numbers(settings: Train, devices: int | None = None) -> None:
     """Refuse numbers out of range, and a batch that the devices (default all here) do not divide.   Raises: ValueError."""
     for name, rule in RULES.items():
@@ -96,6 +112,8 @@ def numbers(settings: Train, devices: int | None = None) -> None:
             value = getattr(value, part)
         number(name, value, rule)
     path, t = settings.process, settings.training
+    if settings.adapter.kind != "none":
+        adapter(settings)
     devices = devices or jax.device_count()
     if t.noise_scale and t.accumulate < 2 and (t.parallel == "mesh" or devices == 1):
         raise ValueError(

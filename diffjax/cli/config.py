@@ -86,6 +86,18 @@ class Objective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Adapter:
+    """What is trained beside the network of --init, which stays frozen. Options of that run are taken by --config."""
+
+    kind: Annotated[Literal["none", "lora"], tyro.conf.arg(aliases=["--adapter"])] = "none"
+    """none: the network itself is trained; lora: low-rank additions to its kernels"""
+    rank: Annotated[int, tyro.conf.arg(aliases=["--adapter-rank"])] = 8
+    """of the additions"""
+    targets: Annotated[str | None, tyro.conf.arg(aliases=["--adapter-targets"])] = None
+    """regular expression of the kernels that change, such as attention/; default all"""
+
+
+@dataclasses.dataclass(frozen=True)
 class Layout:
     """How the devices share model and batch; those left over by these three hold copies, which share the batch."""
 
@@ -231,6 +243,7 @@ class Train:
     model: Model = dataclasses.field(default_factory=Model)
     process: Path = dataclasses.field(default_factory=Path)
     objective: Objective = dataclasses.field(default_factory=Objective)
+    adapter: Adapter = dataclasses.field(default_factory=Adapter)
     training: Training = dataclasses.field(default_factory=Training)
     sampler: Sampler = dataclasses.field(default_factory=Sampler)
     hosts: Hosts = dataclasses.field(default_factory=Hosts)

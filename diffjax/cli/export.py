@@ -10,14 +10,14 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from diffjax import networks, training
-from diffjax.cli import config, console
+from diffjax import adapters, networks, training
+from diffjax.cli import build, config, console
 from diffjax.cli import run as runs
 
 
 @dataclasses.dataclass(frozen=True)
 class Export:
-    """Write the weights of a run to one file, with all that is needed to use them."""
+    """Write the weights of a run, or its adapter, to one file, with all that is needed to use them."""
 
     run: Annotated[str, tyro.conf.Positional]
     """run folder"""
@@ -43,6 +43,8 @@ def main(args: Export) -> int:
     """Run the command."""
     settings, about = runs.read(pathlib.Path(args.run))
     found = runs.weights_of(pathlib.Path(args.run), args.weights, args.checkpoint)
+    if settings.adapter.kind != "none":
+        return adapter(args, settings, found)
     default = pathlib.Path(args.run) / "export" / f"{found.name}-{found.step}.safetensors"
     path = training.export_safetensors(
         found.params, default if args.out is None else args.out, describe(settings, about, found),
@@ -52,5 +54,23 @@ def main(args: Export) -> int:
     console.show(
         f"weights  {path}  ({found.name} of step {found.step}, {networks.parameter_count(found.params):,} parameters, "
         f"{', '.join(kinds)}, {path.stat().st_size:,} bytes)"
+    )
+    return 0
+
+
+def adapter(args: Export, settings: config.Train, found: runs.Weights) -> int:
+    """Write the adapter of a run, without the network that it stands beside."""
+    if args.dtype is not None:
+        raise ValueError(f"an adapter is written in the numbers it was trained in; leave out --dtype {args.dtype}")
+    ((name, made),) = build.adapters(settings.adapter).items()
+    default = pathlib.Path(args.run) / "export" / f"adapter-{found.name}-{found.step}.safetensors"
+    own, base = found.params["adapters"][name], found.params["base"]
+    about = {"config": config.to_json(settings), "step": found.step, "weights": found.name}
+    path = default if args.out is None else pathlib.Path(args.out)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path = adapters.save_adapter(path, made, own, base, about)
+    console.show(
+        f"adapter  {path}  ({settings.adapter.kind}, {found.name} of step {found.step}, {networks.parameter_count(own):,} "
+        f"parameters, {path.stat().st_size:,} bytes)"
     )
     return 0

@@ -21,12 +21,13 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
+from diffjax import adapters as adapters_
 from diffjax import networks, training
 from diffjax.cli import build, config, latents
 from diffjax.cli import model as models
@@ -203,12 +204,24 @@ def check_steps(folder: pathlib.Path) -> list[int]:
     return steps
 
 
-def initialiser(settings: config.Train, shape: tuple[int, ...], num_classes: int | None) -> Callable[[Any], Any]:
-    """`key -> parameters` of all that a run trains, pure: `jax.eval_shape` of it gives their shapes without the numbers."""
+def initialiser(
+    settings: config.Train, shape: tuple[int, ...], num_classes: int | None, base: Any = None
+) -> Callable[[Any], Any]:
+    """`key -> parameters` of a run, pure: `jax.eval_shape` of it gives their shapes without the numbers.
+
+    base: parameters of the network that an adapter is put beside, default fresh ones.
+    """
     vector = build.vector_size(settings.training)
     fn = networks.from_linen(models.network(settings.model, shape, num_classes, vector))
     inputs = build.zeros(shape, num_classes, vector)
-    return lambda key: build.trained(settings.objective, fn.init(key, *inputs))
+    if settings.adapter.kind == "none":
+        return lambda key: build.trained(settings.objective, fn.init(key, *inputs))
+    whole = adapters_.adapt(fn, **build.adapters(settings.adapter))
+
+    def beside(key: Any) -> Any:
+        return whole.init(jax.random.fold_in(key, 1), fn.init(key, *inputs) if base is None else base, *inputs)
+
+    return beside
 
 
 class Weights(NamedTuple):
@@ -242,12 +255,23 @@ def weights_of(folder: pathlib.Path, weights: str | None, step: int | None) -> W
     check_steps(folder)
     part = weights if weights == "params" else f"ema/{weights}"
     with CheckpointStore(folder / "checkpoints") as store:
-        found = store.restore_part(template, part, step)
+        found = restored(store, template, part, step, settings)
     average = found.page.get("ema", {}).get(weights)
     known = {} if average is None else {"average": average}
     if known and average["kind"] == "power":
         known["sigma_rel"] = f"{ema.exp_to_std(average['gamma']):.6g}"
     return Weights(weights, build.of_network(settings.objective, found.tree), found.step, known)
+
+
+def restored(store: CheckpointStore, template: Any, part: str, step: int | None, settings: config.Train) -> Any:
+    """Parameters of a checkpoint, an average of what was trained together with what was not."""
+    if part == "params" or settings.adapter.kind == "none":
+        return store.restore_part(template, part, step)
+    trained, rest = training.split(template, build.TRAINED)
+    found = store.restore_part(trained, part, step)
+    return found._replace(
+        tree=training.join(found.tree, store.restore_part(rest, "params", found.step, strict=False).tree)
+    )
 
 
 def start_from(source: str, template: Any) -> Any:
@@ -267,6 +291,19 @@ def start_from(source: str, template: Any) -> Any:
         reason = str(error).replace(partial.WAY_OUT, "\nuse the --model options and the kind of data of that run")
         raise ValueError(f"--init {source}: {reason}") from None
     return found.params
+
+
+def put_beside(settings: config.Train, base: Any, files: Sequence[tuple[Any, float]]) -> tuple[dict[str, Any], Any]:
+    """The adapters of files by names, and the parameters of a network together with theirs and their weights."""
+    if settings.adapter.kind != "none":
+        raise ValueError(
+            f"this run has an adapter of its own, beside the network of {settings.init}; put files beside that run, this one as "
+            "the file that `diffjax export` makes of it"
+        )
+    loaded = {f"file_{i}": adapters_.load_adapter(path, base)[:2] for i, (path, _) in enumerate(files)}
+    weights = {name: jax.numpy.float32(weight) for name, (_, weight) in zip(loaded, files, strict=True)}
+    params = {"base": base, "adapters": {name: own for name, (_, own) in loaded.items()}, "weights": weights}
+    return {name: adapter for name, (adapter, _) in loaded.items()}, params
 
 
 def made_afterwards(folder: pathlib.Path) -> list[str]:
@@ -291,22 +328,32 @@ def _read_average(path: pathlib.Path, like: Any, step: int | None) -> Weights:
     return Weights(path.stem, found.params, at, {"sigma_rel": found.metadata["sigma_rel"]})
 
 
-def load(run: str | os.PathLike[str], *, weights: str | None = None, step: int | None = None) -> Run:
+def load(
+    run: str | os.PathLike[str],
+    *,
+    weights: str | None = None,
+    step: int | None = None,
+    adapters: Sequence[tuple[str | os.PathLike[str], float]] = (),
+) -> Run:
     """A trained model from its run folder, which is self-contained.
 
     Args: run: the folder.   weights: name of an average such as 'ema_0.999', of one that `diffjax ema` made such as
     'posthoc_0.07', or 'params'; default the first average.   step: which checkpoint, default the newest undamaged one.
+    adapters: files of adapters to put beside the network, with their weights.
     Returns: a `Run`: `denoiser` (its condition is a label [B] where there are labels; `denoiser.null` hides it), `process`,
     `transform`, `labels`, `decode(x)`.
-    Raises: ValueError: no run there, unknown weights, no usable checkpoint.
+    Raises: ValueError: no run there, unknown weights, no usable checkpoint, an adapter for another network.
     """
     folder = pathlib.Path(run)
     settings, about = read(folder)
     shape, classes = tuple(about["shape"]), about["num_classes"]
     found = weights_of(folder, weights, step)
-    made = build.model(settings, shape, classes, training=False)
+    others, params = None, found.params
+    if adapters:
+        others, params = put_beside(settings, params, adapters)
+    made = build.model(settings, shape, classes, training=False, others=others)
     return Run(
-        made(found.params), DataTransform.from_dict(about["transform"]), shape, classes,
+        made(params), DataTransform.from_dict(about["transform"]), shape, classes,
         tuple(about["labels"]) if about["labels"] else None, settings, found.step, folder,
         found.name, latents.of_run(folder, settings),
     )  # fmt: skip

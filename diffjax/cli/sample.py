@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import pathlib
 import time
 import zlib
@@ -49,6 +50,8 @@ class Sample:
     """ema_0.999, ..., posthoc_0.07 (see `diffjax ema`) or params; default the first average"""
     checkpoint: int | None = None
     """step to load; default the newest"""
+    adapter: tuple[str, ...] = ()
+    """files of adapters made beside this run by `diffjax export`, each as FILE or FILE:WEIGHT"""
     seed: int = 0
     chunk: int = 256
     """samples per call of the device; the result does not depend on it"""
@@ -122,8 +125,25 @@ def stem(args: Sample, sampler: Sampler) -> str:
         parts.append("label" + few + (f"_{zlib.crc32(repr(args.label).encode()):08x}" if len(args.label) > 8 else ""))
     if args.interval is not None:
         parts.append("interval{:g}_{:g}".format(*args.interval))
+    parts += [f"{path.stem}{weight:g}" for path, weight in map(parse_adapter, args.adapter)]
     given = {"grid": args.grid, "clip": args.clip, "weights": args.weights, "step": args.checkpoint}
     return "-".join([*parts, *(f"{k}_{v}" for k, v in given.items() if v is not None)])
+
+
+def parse_adapter(text: str) -> tuple[pathlib.Path, float]:
+    """`FILE:WEIGHT`, by default with weight 1.   Raises: ValueError: no such file, or a weight that is no number."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or pathlib.Path(text).exists():
+        path, weight = text, "1"
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise ValueError(f"--adapter takes FILE or FILE:WEIGHT with a finite number; got {text!r}")
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"--adapter {text}: there is no file {path}; `diffjax export RUN` makes one of a run with an adapter")
+    return pathlib.Path(path), value
 
 
 def main(args: Sample) -> int:
@@ -133,6 +153,7 @@ def main(args: Sample) -> int:
         check.number(name, getattr(args, name), check.COUNT)
     check.number("seed", args.seed, check.SEED)
     check.number("clip", args.clip, check.POSITIVE)
+    files = [parse_adapter(text) for text in args.adapter]
     settings, about = runs.read(pathlib.Path(args.run))
     sampler = sampler_of(args, settings.sampler)
     labels = choose_labels(args.label, args.n, about["num_classes"])
@@ -144,7 +165,7 @@ def main(args: Sample) -> int:
     if args.interval is not None and sampler.guidance == 1.0:
         raise ValueError("--interval says where guidance acts, and needs a --guidance other than 1")
     solver = build.solver(sampler, build.process(settings.process))  # bad names are refused before anything is loaded
-    run = runs.load(args.run, weights=args.weights, step=args.checkpoint)
+    run = runs.load(args.run, weights=args.weights, step=args.checkpoint, adapters=files)
     denoiser = build.guided(run.denoiser, sampler.guidance, args.interval)
     if args.clip is not None:
         denoiser = guidance.clip_x0(args.clip)(denoiser)

@@ -145,10 +145,16 @@ def main(args: config.Train) -> int:
     shapes = training.layouts.check(layout, init, jax.random.key(settings.seed))
     devices.driver(build.parallel(t), train_step, layout=layout)  # refuses what these devices or processes cannot do
     count = networks.parameter_count(build.of_network(settings.objective, shapes))
-    start = functools.partial(training.init_sharded, init, optimizer, settings.seed, emas=averages)
+    own = dict(emas=averages, trainable=train_step.trainable)
+    start = functools.partial(training.init_sharded, init, optimizer, settings.seed, **own)
     if settings.init is not None and not resume:
-        begin = runs.start_from(settings.init, build.of_network(settings.objective, shapes))
-        start = training.init_state(build.trained(settings.objective, begin), optimizer, settings.seed, emas=averages)
+        if settings.adapter.kind == "none":
+            begin = runs.start_from(settings.init, build.of_network(settings.objective, shapes))
+            begin = build.trained(settings.objective, begin)
+        else:
+            begin = runs.start_from(settings.init, shapes["base"])
+            begin = runs.initialiser(settings, shape, classes, begin)(jax.random.key(settings.seed))
+        start = training.init_state(begin, optimizer, settings.seed, **own)
     if settings.latent is not None:  # after all that can be refused: it may take long
         space, pixels = latents.of_run(folder, settings) if resume else latents.first_stage(settings, dataset), dataset
         dataset = latent.encoded(space, pixels)
@@ -177,7 +183,7 @@ def main(args: config.Train) -> int:
     denoiser_of = build.model(settings, shape, classes, training=False)
 
     def denoiser(state: Any) -> Any:
-        params = build.of_network(settings.objective, state.params if weights is None else state.ema[weights])
+        params = build.of_network(settings.objective, state.params if weights is None else state.averaged(weights))
         return denoiser_of(jax.tree.map(jnp.asarray, hosts.gather(params)))
 
     failures: list[str] = []
