@@ -12,8 +12,8 @@ def trainer(
     """A compiled `(params, arrays, seed=0) -> averaged parameters` after `steps` batches drawn with replacement.
 
     model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}, each an array or a pytree.
-    marks: stops, equally far from each other, at which the average is kept; with more than one, the leaves of the result are [marks, ...].   condition,
-    trainable: see `make_train_step`; what is not trained comes back as it was.
+    marks: stops, equally far from each other, at which the average is kept; with more than one, the leaves of the result
+    are [marks, ...].   condition, trainable: see `make_train_step`; what is not trained comes back as it was.
     """
     optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1)), clip=1.0)
     emas = {"mean": training.ema.decay(decay if steps > 500 else 0.9)}

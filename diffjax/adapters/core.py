@@ -273,6 +273,6 @@ def _outside(f: Any, g: Any) -> Any:
         return per_layer(both) if isinstance(f, per_layer) else both
     if isinstance(f, per_layer) or isinstance(g, per_layer):
         a, b = (h.f if isinstance(h, per_layer) else lambda layer, *args, h=h, **kw: h(*args, **kw) for h in (f, g))
-        within = lambda layer, call: lambda *args, **kw: a(layer, call, *args, **kw)
-        return per_layer(lambda layer, call, *args, **kw: b(layer, within(layer, call), *args, **kw))
-    return lambda call, *args, **kw: g(lambda *a, **k: f(call, *a, **k), *args, **kw)
+        inner = lambda layer, call: dataclasses.replace(call, f=lambda *args, **kw: a(layer, call, *args, **kw))
+        return per_layer(lambda layer, call, *args, **kw: b(layer, inner(layer, call), *args, **kw))
+    return lambda call, *args, **kw: g(dataclasses.replace(call, f=lambda *a, **k: f(call, *a, **k)), *args, **kw)

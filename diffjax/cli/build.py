@@ -119,7 +119,12 @@ def adapters(config: Adapter) -> dict[str, Any]:
 
 
 def model(
-    config: Train, shape: tuple[int, ...], num_classes: int | None, *, training: bool, others: Mapping[str, Any] | None = None
+    config: Train,
+    shape: tuple[int, ...],
+    num_classes: int | None,
+    *,
+    training: bool,
+    others: Mapping[str, Any] | None = None,
 ) -> Any:
     """How parameters become the denoiser of a run; while training, of `trained` parameters and its batches' conditions.
 

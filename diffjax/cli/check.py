@@ -101,7 +101,9 @@ def adapter(settings: Train) -> None:
         ("training.magnitudes", settings.training.magnitudes),
     ):
         if given:
-            raise ValueError(f"{option(name)} does not go with --adapter {settings.adapter.kind}; leave one of them out")
+            raise ValueError(
+                f"{option(name)} does not go with --adapter {settings.adapter.kind}; leave one of them out"
+            )
 
 
 def numbers(settings: Train, devices: int | None = None) -> None:

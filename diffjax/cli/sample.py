@@ -142,7 +142,9 @@ def parse_adapter(text: str) -> tuple[pathlib.Path, float]:
     if not math.isfinite(value):
         raise ValueError(f"--adapter takes FILE or FILE:WEIGHT with a finite number; got {text!r}")
     if not pathlib.Path(path).is_file():
-        raise ValueError(f"--adapter {text}: there is no file {path}; `diffjax export RUN` makes one of a run with an adapter")
+        raise ValueError(
+            f"--adapter {text}: there is no file {path}; `diffjax export RUN` makes one of a run with an adapter"
+        )
     return pathlib.Path(path), value
 
 

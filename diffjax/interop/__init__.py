@@ -9,7 +9,6 @@ from __future__ import annotations
 from diffjax.interop.classes import CLASSES
 from diffjax.interop.inspection import Inspection, inspect
 from diffjax.interop.lora import load_lora, save_lora
-from diffjax.interop.originals import load_dit
 from diffjax.interop.originals import load_dit, load_guided
 from diffjax.interop.peer import Peer
 from diffjax.interop.pipeline import Pipeline, load_pipeline, save_pipeline

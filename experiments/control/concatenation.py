@@ -10,7 +10,7 @@ from zero, and which was trained as a whole to fill in digits without pattern. T
 trains the differences of its self-attentions alone; the reference is left out of what is shown for a tenth of the items, and
 guides with weight 2. The rival sees the reference as tokens, by cross-attention put into every block beside self-attention, is
 trained for the same number of steps, and guided alike. `style` is the share of drawn halves on which the right pattern, taken
-off, leaves the darkest picture; `digit` what a judge sees when it is taken off.
+off, leaves the most background; `digit` what a judge sees when it is taken off.
 """
 
 import dataclasses
@@ -122,8 +122,11 @@ def run(preset):
     without = draw(ours.bind({**condition, "wear": {"reference": 0 * worn}}), {**noise, "reference": noise["x"]})["x"]
     crossed = draw(base.denoiser(other, rival, blind).bind({**condition, "tokens": tokens(worn)}), noise["x"])
 
-    dark = lambda x: -(PATTERNS[None] * x[:, None] * BELOW[None]).sum((2, 3, 4))  # of each pattern, taken off
-    right = lambda x: (dark(x).argmax(1) == style).mean()
+    ground = digits["x"].min()
+    near = lambda x: (
+        (jnp.abs(PATTERNS[None] * x[:, None] - ground) < 0.4) & (BELOW[None] > 0)
+    )  # with each pattern taken off
+    right = lambda x: (near(x).sum((2, 3, 4)).argmax(1) == style).mean()
     undone = lambda x: jnp.where(BELOW > 0, PATTERNS[style] * x, asked["x"])
     digit = lambda x: judge.accuracy(undone(x), held["label"])
     tuned = adapters.added(base.params, dict(training.partial.named(params["adapters"]["wear"])))

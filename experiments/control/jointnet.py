@@ -1,8 +1,8 @@
 """JointNet: a picture and its depth from a frozen branch and a trained copy of it.
 
-The base is a flow on the digits. A copy of it becomes the branch of a dense second modality, here the distance of each pixel
-to the next ink; the branch of the picture stays frozen. After every block the two add to each other, through linear maps from
-zero, so that the fresh pair draws what the base draws, twice:
+The base is a transformer that draws digits. A copy of it becomes the branch of a dense second modality, here the distance of
+each pixel to the next ink; the branch of the picture stays frozen. After every block the two add to each other, through linear
+maps from zero, so that the fresh pair draws what the base draws, twice:
 
     h_x <- h_x + Z_x h_y,   h_y <- h_y + Z_y h_x,   loss = mean (velocity error of x and of y at one time t)
 
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import adapters, guidance, metrics, solvers, times, training
+from diffjax import adapters, guidance, metrics, networks, solvers, times, training
 from experiments.control import bases, hints, runs
 from experiments.recipe import Recipe, at_most
 
@@ -45,7 +45,9 @@ def depth(x):
 def run(preset):
     full = preset == "full"
     steps, marks, n, sampling = (2000, 8, 360, 12) if full else (2, 2, 4, 2)
-    base = bases.load("unet", preset)
+    base = bases.load("dit", preset)
+    scanned = networks.from_linen(base.fn.module.clone(scan_layers=True))  # compiled once for all blocks
+    base = bases.Base(scanned, networks.stack_blocks(base.params))
     seen, held = bases.digits("train"), runs.first(bases.digits("test"), n)
     pair = lambda arrays: {
         "x": {"x": arrays["x"], "y": depth(arrays["x"])},
@@ -54,7 +56,7 @@ def run(preset):
     seen, held = pair(seen), pair(held)
 
     fn = adapters.adapt(base.fn, depth=adapters.jointnet())
-    few = jax.tree.map(lambda a: a[:16], held)
+    few = jax.tree.map(lambda a: a[:16], seen)
     fresh = jax.jit(fn.init)(jax.random.key(0), base.params, few["x"]["x"], jnp.zeros(16), few["label"])
     stages = runs.trainer_of(base, fn, steps, rate=1e-3, marks=marks)(fresh, seen)  # leaves [marks, ...]
     params = jax.tree.map(lambda a: a[-1], stages)

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import adapters, guidance, losses, metrics, solvers, times, training
+from diffjax import adapters, guidance, losses, metrics, networks, solvers, times, training
 from experiments.control import bases, hints, runs
 from experiments.loop import trainer
 from experiments.recipe import Recipe, at_least, at_most
@@ -55,6 +55,8 @@ def run(preset):
     full = preset == "full"
     steps, n, sampling = (1500, 360, 15) if full else (2, 4, 2)
     base = bases.load("dit", preset)
+    scanned = networks.from_linen(base.fn.module.clone(scan_layers=True))  # compiled once for all blocks
+    base = bases.Base(scanned, networks.stack_blocks(base.params))
     digits, held = bases.digits("train"), runs.first(bases.digits("test"), n)
     nothing = lambda a: jnp.full(len(a), 10)
     x, y = digits["x"], turned(digits["x"])

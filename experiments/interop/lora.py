@@ -112,7 +112,10 @@ def peer_adapter(lora: Lora, model: Any, seed: int) -> None:
 def older(tensors: dict[str, Any], to_name: Callable[[str, str], str]) -> dict[str, Any]:
     """Tensors of PEFT under other names."""
     split = (re.fullmatch(r"(.*)\.lora_([AB])\.weight", name).groups() for name in tensors)
-    return {to_name(name, "down" if half == "A" else "up"): a for (name, half), a in zip(split, tensors.values(), strict=True)}
+    return {
+        to_name(name, "down" if half == "A" else "up"): a
+        for (name, half), a in zip(split, tensors.values(), strict=True)
+    }
 
 
 def layouts(lora: Lora, model: Any, folder: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -171,10 +174,14 @@ def measure(name: str, lora: Lora) -> dict:
         mine = adapters.lora(**{"rank": lora.rank, "alpha": 5.0, **lora.ours})
         low = adapters.adapt(ours.fn, style=mine).init(jax.random.key(0), ours.params, *arguments(case, ours, inputs))
         draw = np.random.default_rng(1)
-        low = jax.tree.map(lambda a: jnp.asarray(0.2 * draw.standard_normal(a.shape), jnp.float32), low["adapters"]["style"])
+        low = jax.tree.map(
+            lambda a: jnp.asarray(0.2 * draw.standard_normal(a.shape), jnp.float32), low["adapters"]["style"]
+        )
         wanted = np.asarray(our_output(case, ours, inputs, mine, low))
         row["our_change"] = error(plain, wanted)
-        row["ours"] = error(loaded(case, folder, interop.save_lora(folder / "ours.safetensors", mine, low, ours), inputs), wanted)
+        row["ours"] = error(
+            loaded(case, folder, interop.save_lora(folder / "ours.safetensors", mine, low, ours), inputs), wanted
+        )
         again = interop.load_lora(
             interop.save_lora(folder / "kohya-ours.safetensors", mine, low, ours, layout=KOHYA), ours
         )
@@ -215,7 +222,9 @@ def main(pattern: str = "") -> int:
         worst = max(row[way] for way in ways if way in row)
         failed += worst > LIMIT
         shown = "  ".join(f"{way} {row[way]:.1e}" for way in ways if way in row)
-        print(f"{name:16s} change {row['change']:.2f} / {row['our_change']:.2f}  {shown}  {'ok' if worst <= LIMIT else 'FAILED'}")
+        print(
+            f"{name:16s} change {row['change']:.2f} / {row['our_change']:.2f}  {shown}  {'ok' if worst <= LIMIT else 'FAILED'}"
+        )
     path.write_text(json.dumps([rows[name] for name in LORAS if name in rows], indent=1) + "\n")
     return failed
 
