@@ -39,6 +39,19 @@ def test_quickstart_runs():
     assert 0.7 < float(abs(x).max(-1).mean()) < 2.0  # near the ring that it was trained on
 
 
+def test_the_example_of_adapters_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code = re.search(r"<!-- adapters -->\n```python\n(.*?)```", README.read_text(), re.DOTALL)[1]
+    scope = {}
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        exec(compile(code, "adapters", "exec"), scope)
+    fn, base = scope["fn"], scope["base"]
+    _, trained, _ = scope["adapters"].load_adapter(tmp_path / "edge.safetensors", base)
+    fresh = jax.jit(fn.init)(jax.random.key(1), base, scope["x"], scope["t"], scope["cond"])["adapters"]["edge"]
+    same = lambda a, b: jax.tree.leaves(jax.tree.map(lambda a, b: bool((a == b).all()), a, b))
+    assert not all(same(trained, fresh)) and all(same(scope["params"]["base"], base))
+
+
 def test_every_card_has_a_reference():
     cards = {name: card for catalogue in catalogues().values() for name, card in catalogue.items()}
     missing = sorted({c.paper.split("#")[0] for c in cards.values() if c.paper} - set(PAPERS))
