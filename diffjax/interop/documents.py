@@ -13,13 +13,16 @@ UNKNOWN = "not stated"
 
 
 def read_documents(folder: pathlib.Path) -> dict[str, str]:
-    """Licence, notice and model card of a folder; those of its pipeline where it has none of the name."""
+    """Licence, notice and model card of a folder; those of its pipeline where it has none of the name.
+
+    Bytes that are no UTF-8 are kept as surrogates, so that the file can be written again as it was.
+    """
     pipeline = [folder.resolve().parent] if (folder.resolve().parent / "model_index.json").is_file() else []
     found: dict[str, str] = {}
     for place in (*pipeline, folder):
         for path in sorted(place.iterdir()):
             if path.is_file() and DOCUMENTS.fullmatch(path.name) and path.stat().st_size <= TEXT:
-                found[path.name] = path.read_text(errors="replace")
+                found[path.name] = path.read_bytes().decode(errors="surrogateescape")
     return found
 
 
@@ -41,19 +44,24 @@ def licence_of(documents: Mapping[str, str]) -> str:
         about = front_matter(text)
         named = [about[k] for k in ("license_name", "license", "license_link") if k in about and about[k] != "other"]
         if named:
-            return " ".join(named[:1])
+            return printable(named[0])
     for name, text in documents.items():
         if re.match(r"licen[cs]e|copying", name, re.IGNORECASE) and text.strip():
-            return f"{text.strip().splitlines()[0].strip()} ({name})"
+            return printable(f"{text.strip().splitlines()[0].strip()} ({name})")
     return UNKNOWN
 
 
 def origin_of(config: Mapping[str, Any], documents: Mapping[str, str]) -> str:
     """The name under which the configuration says that it was found, else the title of the model card."""
     if config.get("_name_or_path"):
-        return str(config["_name_or_path"])
+        return printable(str(config["_name_or_path"]))
     for text in documents.values():
         about, title = front_matter(text), re.search(r"^# +(.+)$", text, re.MULTILINE)
         if "base_model" in about or title:
-            return about.get("base_model") or title[1].strip()
+            return printable(about.get("base_model") or title[1].strip())
     return UNKNOWN
+
+
+def printable(text: str) -> str:
+    """A line of text without control characters and without bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else "?" for c in text)

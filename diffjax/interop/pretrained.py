@@ -113,7 +113,7 @@ def load_pretrained(folder: Any, dtype: Any = None, *, weights: Any = None) -> P
 
     Args:
         folder: the folder; of a pipeline, that of one of its networks.
-        dtype: of the parameters, such as `jnp.float32`; default as in the file.
+        dtype: of the parameters, such as `jnp.float32`; default as in the file. Computing is in `module.dtype`, float32.
         weights: a file in the folder, or a list of shards, if there are several variants.
 
     Raises:
@@ -180,7 +180,7 @@ def save_pretrained(folder: Any, model: Pretrained, *, shard: int = tensors.SHAR
         if model.scheduler is not None:
             _write_json(new / SCHEDULER, model.scheduler)
         for name, text in model.documents.items():
-            (new / name).write_text(text)
+            (new / name).write_bytes(text.encode(errors="surrogateescape"))
         os.replace(new, folder)
     except BaseException:
         shutil.rmtree(new, ignore_errors=True)
@@ -247,7 +247,7 @@ def read_config(folder: pathlib.Path) -> dict[str, Any]:
 def read_json(path: pathlib.Path) -> dict[str, Any]:
     """A JSON object.   Raises: CheckpointError: it is none."""
     try:
-        page = json.loads(path.read_text())
+        page = json.loads(path.read_bytes())
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
     if not isinstance(page, dict):

@@ -61,7 +61,10 @@ class Tensors(Mapping):
         path, dtype, shape, offset = self.entries[name]
         if math.prod(shape) == 0:
             return np.zeros(shape, dtype)
-        return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+        try:
+            return np.asarray(np.memmap(path, dtype, "r", offset, shape))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} has changed since it was opened: {error}") from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)
@@ -139,7 +142,7 @@ def _names(folder: pathlib.Path) -> list[str]:
 def _indexed(index: pathlib.Path) -> Tensors:
     """The shards that an index names, which must hold what it says and no more."""
     try:
-        places = dict(json.loads(index.read_text())["weight_map"])
+        places = dict(json.loads(index.read_bytes())["weight_map"])
         shards = sorted(set(places.values()))
         outside = [name for name in shards if pathlib.PurePath(name).name != name]
     except (ValueError, KeyError, TypeError, RecursionError) as error:

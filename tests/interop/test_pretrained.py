@@ -41,6 +41,9 @@ def test_variants_and_dtypes(tmp_path):
     assert dtypes() == {"float32"}
     assert dtypes(weights="diffusion_pytorch_model.fp16.safetensors") == {"float16"}
     assert dtypes(weights=["diffusion_pytorch_model.fp16.safetensors"], dtype=jnp.bfloat16) == {"bfloat16"}
+    found = load_pretrained(folder, jnp.bfloat16)
+    posterior = jax.eval_shape(lambda p, x: found.fn(p).encode(x), found.params, np.zeros((1, 4, 4, 3), np.float32))
+    assert posterior.mean.dtype == np.float32
 
 
 def test_names_of_attention_before_it_was_one_class(tmp_path):
@@ -117,14 +120,15 @@ def test_licence_and_origin_are_shown_and_kept(tmp_path):
     found = load_pretrained(folder)
     n = sum(a.size for a in arrays().values())
     assert repr(found) == f"Pretrained(AutoencoderKL, {n:,} parameters, licence: not stated, origin: somebody/tiny-vae)"
-    (folder / "LICENSE.txt").write_text("\nTHE TINY LICENCE\nmore\n")
-    assert load_pretrained(folder).licence == "THE TINY LICENCE (LICENSE.txt)"
+    licence = "\r\nTHE TINY \N{COPYRIGHT SIGN}\r\n".encode() + b"\xff\x1b[2J"
+    (folder / "LICENSE.txt").write_bytes(licence)
+    assert load_pretrained(folder).licence == "THE TINY \N{COPYRIGHT SIGN} (LICENSE.txt)"
     (folder / "README.md").write_text(CARD)
     (folder / "picture.png").write_bytes(b"\x89PNG")
     found = load_pretrained(folder)
     assert found.licence == "openrail++"
     save_pretrained(tmp_path / "copy", found)
-    assert (tmp_path / "copy" / "LICENSE.txt").read_text() == "\nTHE TINY LICENCE\nmore\n"
+    assert (tmp_path / "copy" / "LICENSE.txt").read_bytes() == licence
     again = load_pretrained(tmp_path / "copy")
     assert (again.licence, again.origin) == ("openrail++", "somebody/tiny-vae")
     assert sorted(again.documents) == ["LICENSE.txt", "README.md"]

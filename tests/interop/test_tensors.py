@@ -108,6 +108,18 @@ def test_truncated(tmp_path, place):
         open_tensors(path)
 
 
+def test_a_file_that_changes_while_it_is_open(tmp_path):
+    path = tmp_path / "a.safetensors"
+    write(path, ARRAYS)
+    found = open_tensors(path)
+    path.write_bytes(path.read_bytes()[:-20])
+    with pytest.raises(CheckpointError, match="a.safetensors has changed since it was opened"):
+        found["f"]
+    path.unlink()
+    with pytest.raises(CheckpointError, match="a.safetensors has changed since it was opened"):
+        found["b"]
+
+
 def test_too_long(tmp_path):
     write(tmp_path / "a.safetensors", ARRAYS)
     with (tmp_path / "a.safetensors").open("ab") as file:
