@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from diffjax.interop import autoencoders, control, dit, dit_original, guided, mmdit, text_unets, unets
+from diffjax.interop import autoencoders, control, dit, dit_original, edm, edm2, guided, mmdit, text_unets, unets
 from diffjax.interop.peer import Peer
 
 CLASSES: dict[str, Peer] = {
     "AutoencoderKL": autoencoders.KL,
+    **edm.PEERS,
+    "Precond": edm2.PEER,
     "DiT": dit_original.DIT,
     "DiTTransformer2DModel": dit.PEER,
     "FluxTransformer2DModel": mmdit.FLUX_PEER,

@@ -71,10 +71,13 @@ class Pretrained:
         return LatentSpace(self.fn(self.params), shift, scale)
 
     def schedule(self) -> Schedule:
-        """What the scheduler beside it means: the process, the grid and the solver.
+        """What the scheduler beside it, or its own configuration, means: the process, the grid and the solver.
 
         Raises: ValueError: none was found, or it has no counterpart here.
         """
+        own = CLASSES[self.kind].pieces
+        if self.scheduler is None and own is not None:
+            return Schedule(self.kind, self.config, own(self.config))
         if self.scheduler is None:
             raise ValueError(
                 f"no {SCHEDULER} was found beside this {self.kind}, so that its noise levels are not known; give "

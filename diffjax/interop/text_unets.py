@@ -140,7 +140,7 @@ def encoder(kind: str, c: Any) -> dict[str, Any]:
         null_label=not c.num_class_embeds,
         vector_size=size,
         deep_vector=vector == "code",
-        early_vector=vector == "time",
+        early=("vector",) if vector == "time" else (),
         token_size=one(kind, "cross_attention_dim", c.cross_attention_dim) if any(attends) or any(middle) else 0,
         frequencies=falling(int(c.freq_shift), c.flip_sin_to_cos),
         sinusoids=c.block_out_channels[0],
@@ -181,7 +181,7 @@ def config(module: UNet) -> dict[str, Any]:
         up_block_types=[options.name_of(UP_LEVELS, a, "attention") for a in reversed(attends)],
         dropout=module.dropout,
         time_embedding_dim=module.code,
-        time_cond_proj_dim=module.vector_size if module.early_vector else None,
+        time_cond_proj_dim=module.vector_size if "vector" in module.early else None,
     )
     check_same(KIND, network(page), module)
     return page

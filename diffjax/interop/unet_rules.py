@@ -97,8 +97,8 @@ def code_rules(net: UNet, vector: str = "add_embedding") -> list[Rule]:
         found.append(Rule("code/time/frequencies", ("time_proj.weight",), same))
     if net.num_classes:
         found.append(Rule("code/label/table", ("class_embedding.weight",), same))
-    if net.vector_size and net.early_vector:
-        return found + layer("code/time/vector", "time_embedding.cond_proj", bias=False)
+    if net.vector_size and "vector" in net.early:
+        return found + layer("code/vector", "time_embedding.cond_proj", bias=False)
     if net.vector_size:
         found += layer("code/vector_hidden", f"{vector}.linear_1") + layer("code/vector", f"{vector}.linear_2")
     return found

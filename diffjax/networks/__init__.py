@@ -30,6 +30,7 @@ from diffjax.networks.dit import DiT
 from diffjax.networks.edm2 import EDM2MLP, EDM2UNet
 from diffjax.networks.embeddings import (
     LabelEmbedding,
+    LinearLabel,
     TimeCode,
     falling,
     fourier,
@@ -111,6 +112,7 @@ __all__ = [
     "KLAutoencoder",
     "LabelEmbedding",
     "LayerPooling",
+    "LinearLabel",
     "Learned",
     "MLP",
     "MMDiT",

@@ -253,26 +253,32 @@ class Code(nn.Module):
     sinusoids: int | None = None  # sinusoidal features of the time; default as `features`
     deep_vector: bool = False  # the vector by Dense(act(Dense(v))), as the time, and not by one linear map
     null_label: bool = True  # see `LabelEmbedding`
-    early_vector: bool = False  # the vector is added to the features of the time, see `TimeCode`
+    label: Any = None  # (num_classes, features, dtype=, name=) -> the label's embedding, default `LabelEmbedding`
+    early: tuple[str, ...] = ()  # of label and vector, what is added to the features of the time, before its embedding
 
     @nn.compact
     def __call__(self, t: Any, condition: Condition, *more: Any, with_time: bool = False) -> Any:
         """The code of time and condition; `more` [B, features] is added before the activation."""
         time = TimeCode(self.features, self.sinusoids, self.frequencies, self.act, self.dtype, name="time")
-        vector = condition.vector if self.vector_size else None
-        vector = None if vector is None else jnp.asarray(vector).astype(self.dtype)
-        c = alone = time(t, vector) if self.early_vector else time(t)
-        items = list(more)
+        size = self.sinusoids or self.features
+        items, first = list(more), []
+        place = lambda name: (first, size) if name in self.early else (items, self.features)
         if self.num_classes:
-            label = LabelEmbedding(self.num_classes, self.features, self.dtype, self.null_label, name="label")
-            items.append(label(condition.label))
-        if self.vector_size and not self.early_vector:
-            v = vector
+            to, n = place("label")
+            if self.label is None:
+                label = LabelEmbedding(self.num_classes, n, self.dtype, self.null_label, name="label")
+            else:
+                label = self.label(self.num_classes, n, dtype=self.dtype, name="label")
+            to.append(label(condition.label))
+        if self.vector_size:
+            to, n = place("vector")
+            v = jnp.asarray(condition.vector).astype(self.dtype)
             if self.deep_vector:
                 v = self.act(Dense(self.features, dtype=self.dtype, name="vector_hidden")(v))
-            items.append(Dense(self.features, bias=self.deep_vector, dtype=self.dtype, name="vector")(v))
-        for item in items:
-            c = c + item.reshape(item.shape[:1] + (1,) * (c.ndim - 2) + item.shape[1:])
+            to.append(Dense(n, bias=self.deep_vector, dtype=self.dtype, name="vector")(v))
+        lifted = lambda item: item.reshape(item.shape[:1] + (1,) * (jnp.ndim(t) - 1) + item.shape[1:])
+        c = alone = time(t, *map(lifted, first))
+        c = sum(map(lifted, items), c)
         c = constrain(self.act(c), "batch", ...)
         return (c, constrain(self.act(alone), "batch", ...)) if with_time else c
 

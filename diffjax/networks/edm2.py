@@ -13,6 +13,7 @@ from diffjax.networks.layers import at_least_float32, rematerialised, spread
 from diffjax.networks.magnitude import (
     CosineAttention,
     Gain,
+    KeptFourier,
     MPCode,
     MPConv,
     MPDense,
@@ -28,9 +29,9 @@ from diffjax.networks.taps import Tap
 from diffjax.networks.unet import check_levels
 
 
-def modulated(y: Any, c: Any, dtype: Any, name: str) -> jax.Array:
+def modulated(y: Any, c: Any, dtype: Any, name: str, eps: float = 0.0) -> jax.Array:
     """Channels scaled by the code, by a gain that starts at zero.   y (1 + gain W c)"""
-    scale = MPDense(y.shape[-1], dtype, name=name)(c) * Gain(name=f"{name}_gain")().astype(dtype)
+    scale = MPDense(y.shape[-1], dtype, eps, name=name)(c) * Gain(name=f"{name}_gain")().astype(dtype)
     return y * (1 + spread(scale, y))
 
 
@@ -48,21 +49,22 @@ class EDM2Block(nn.Module):
     clip: float | None
     train: bool
     dtype: Any
+    eps: float = 0.0
 
     @nn.compact
     def __call__(self, x: Any, c: Any) -> jax.Array:
         """One block at code c."""
-        n = self.features
-        skip = lambda x: x if x.shape[-1] == n else MPConv(n, (1, 1), self.dtype, name="skip")(x)
+        n, same = self.features, dict(dtype=self.dtype, eps=self.eps)
+        skip = lambda x: x if x.shape[-1] == n else MPConv(n, (1, 1), name="skip", **same)(x)
         if self.encoder:
-            x = pixel_norm(skip(x))
-        y = MPConv(n, dtype=self.dtype, name="conv_in")(mp_silu(x))
-        y = mp_silu(modulated(y, c, self.dtype, "film"))
+            x = pixel_norm(skip(x), self.eps)
+        y = MPConv(n, name="conv_in", **same)(mp_silu(x))
+        y = mp_silu(modulated(y, c, self.dtype, "film", self.eps))
         y = nn.Dropout(self.dropout, deterministic=not self.train)(y)
-        y = MPConv(n, dtype=self.dtype, name="conv_out")(y)
+        y = MPConv(n, name="conv_out", **same)(y)
         x = mp_sum(x if self.encoder else skip(x), Tap(name="residual")(y), self.residual)
         if self.heads:
-            h = CosineAttention(self.heads, self.dtype, name="attention")(x.reshape(x.shape[0], -1, n))
+            h = CosineAttention(self.heads, name="attention", **same)(x.reshape(x.shape[0], -1, n))
             x = mp_sum(x, h.reshape(x.shape), self.residual)
         if self.clip is not None:
             x = jnp.clip(x, -self.clip, self.clip)
@@ -103,6 +105,17 @@ class EDM2UNet(nn.Module):
     dropout: float = 0.0
     remat: str = "none"  # see `layers.rematerialised`
     dtype: Any = jnp.float32
+    # what published weights need
+    fourier: int | None = None  # features of the time, default widths[0]
+    code: int | None = None  # default the largest of widths
+    kept_fourier: bool = False  # frequencies of the time as parameters that are not trained
+    zero_label: bool = False  # "no label" is zero and has no row of its own
+    label_share: float = 0.5  # of the label in the code
+    middle: bool | None = None  # attention at the bottom, default wherever there is any
+    log_variance: int = (
+        0  # features of a head that tells the log of the loss at each noise level, by the tap `log_variance`
+    )
+    eps: float = 0.0  # see `magnitude.pixel_norm`
     RULES: ClassVar[Rules] = ((r"_\d+/(conv_in|film)/kernel$", COLUMN), (r"_\d+/conv_out/kernel$", ROW))
 
     @nn.compact
@@ -111,18 +124,25 @@ class EDM2UNet(nn.Module):
         x = read_state(x, "[B, H, W, C]")
         check_levels(self, x)
         condition = condition_of(self, cond, x)
-        code = MPCode(max(self.widths), self.widths[0], self.num_classes, self.vector_size, self.dtype, name="code")
-        c = code(read_time(t, x), condition)
+        same = dict(dtype=self.dtype, eps=self.eps)
+        sizes = (self.code or max(self.widths), self.fourier or self.widths[0], self.num_classes, self.vector_size)
+        more = dict(kept=self.kept_fourier, zero_label=self.zero_label, share=self.label_share)
+        time = read_time(t, x)
+        c = MPCode(*sizes, **same, **more, name="code")(time, condition)
+        if self.log_variance:
+            h = KeptFourier(self.log_variance, name="log_variance_fourier")(time)
+            Tap(name="log_variance")(MPDense(1, eps=self.eps, name="log_variance_out")(h)[..., 0])
         make = rematerialised(EDM2Block, self.remat)
 
         def block(h: Any, n: int, attend: bool, name: str) -> Any:
             heads = max(1, n // self.head_size) if attend else 0
             encoder = name.startswith("down")
-            made = make(n, encoder, heads, self.residual, self.dropout, self.clip, train, self.dtype, name=name)
+            fields = (n, encoder, heads, self.residual, self.dropout, self.clip, train)
+            made = make(*fields, **same, name=name)
             return made(h, c)
 
         h = condition.joined(x, self.dtype)
-        h = MPConv(self.widths[0], dtype=self.dtype, name="in")(with_ones(h))
+        h = MPConv(self.widths[0], name="in", **same)(with_ones(h))
         skips = [h]
         for i, n in enumerate(self.widths):
             if i:
@@ -131,14 +151,14 @@ class EDM2UNet(nn.Module):
             for j in range(self.blocks):
                 h = block(h, n, i in self.attention, f"down_{i}_{j}")
                 skips.append(h)
-        h = block(h, self.widths[-1], bool(self.attention), "middle_0")
+        h = block(h, self.widths[-1], bool(self.attention) if self.middle is None else self.middle, "middle_0")
         h = block(h, self.widths[-1], False, "middle_1")
         for i, n in reversed(list(enumerate(self.widths))):
             if i < len(self.widths) - 1:
                 h = block(double(h), h.shape[-1], False, f"up_{i}_double")
             for j in range(self.blocks + 1):
                 h = block(mp_cat(h, skips.pop(), self.join), n, i in self.attention, f"up_{i}_{j}")
-        y = MPConv(self.out_channels or x.shape[-1], dtype=self.dtype, name="out")(h)
+        y = MPConv(self.out_channels or x.shape[-1], name="out", **same)(h)
         return (y * Gain(name="out_gain")().astype(y.dtype)).astype(at_least_float32(x.dtype))
 
 

@@ -157,7 +157,7 @@ def sincos_features(row: Any, column: Any, size: int, max_period: float = 10000.
 class TimeCode(nn.Module):
     """An embedding of the time code.   Dense(act(Dense(sinusoids(t) + W v)))
 
-    Args: t: any shape, float.   vector: v, [B, k], or None.   Returns: [*t.shape, features].
+    Args: t: any shape, float.   more: added to the features, [*t.shape, size].   Returns: [*t.shape, features].
 
     Example:
         >>> v = jax.eval_shape(TimeCode(8).init, jax.random.key(0), jnp.zeros(3))
@@ -172,13 +172,10 @@ class TimeCode(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, t: Any, vector: Any = None) -> jax.Array:
+    def __call__(self, t: Any, *more: Any) -> jax.Array:
         """Embed the time code."""
         size = self.size or self.features
-        h = self._features(t, size)
-        if vector is not None:
-            v = Dense(size, bias=False, dtype=self.dtype, name="vector")(vector)
-            h = h + v.reshape(v.shape[:1] + (1,) * (h.ndim - 2) + v.shape[1:])
+        h = sum(more, self._features(t, size))
         h = Dense(self.features, dtype=self.dtype, name="hidden")(constrain(h, "batch", ...))
         h = constrain(h, "batch", ..., "wide")
         return constrain(Dense(self.features, dtype=self.dtype, name="out")(self.act(h)), "batch", ...)
@@ -228,3 +225,33 @@ class LabelEmbedding(nn.Module):
         rows = self.num_classes + self.null
         table = self.param("table", fan_in_uniform(fan_in=1), (rows, self.features), jnp.float32)
         return rows_of(table, label).astype(self.dtype)
+
+
+class LinearLabel(nn.Module):
+    """A linear map of the label as a vector of zeros and a one.   y = scale W[label] + b
+
+    "No label", index `num_classes`, is the vector of zeros: it has no row of its own. A label outside [0, num_classes] gives
+    NaN, as in `LabelEmbedding`.
+    Args: label: [B] integers.   Returns: [B, features].
+
+    Example:
+        >>> v = {"params": {"kernel": jnp.ones((2, 1))}}
+        >>> LinearLabel(2, 1, scale=3.0, bias=False).apply(v, jnp.array([0, 2])).ravel().tolist()
+        [3.0, 0.0]
+    """
+
+    num_classes: int
+    features: int
+    scale: float = 1.0
+    bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, label: Any) -> jax.Array:
+        """Look the labels up."""
+        kernel = self.param("kernel", fan_in_uniform(fan_in=1), (self.num_classes, self.features), jnp.float32)
+        rows = rows_of(jnp.concatenate([kernel, jnp.zeros_like(kernel[:1])]), label)
+        rows = rows if self.scale == 1.0 else self.scale * rows
+        if self.bias:
+            rows = rows + self.param("bias", nn.initializers.zeros, (self.features,), jnp.float32)[None]
+        return rows.astype(self.dtype)

@@ -23,6 +23,7 @@ from diffjax.networks.convolution import choose_form
 from diffjax.networks.embeddings import rows_of
 from diffjax.networks.layers import at_least_float32, fan_in_uniform
 from diffjax.networks.taps import Tap
+from diffjax.numerics import safe_sqrt
 
 SILU_RMS = 0.596  # root mean square of silu(x) for x ~ N(0, 1)
 
@@ -67,8 +68,10 @@ def mp_cat(a: Any, b: Any, t: float = 0.5) -> jax.Array:
     return jnp.concatenate([c * (1 - t) / math.sqrt(na) * a, c * t / math.sqrt(nb) * b], axis=-1)
 
 
-def pixel_norm(x: Any) -> jax.Array:
+def pixel_norm(x: Any, eps: float = 0.0) -> jax.Array:
     """Division by the root mean square over the channels, in float32.   x / sqrt(mean(x^2) + 1e-8)
+
+    Args: eps: if not zero, it is x / (sqrt(mean(x^2)) + eps); published weights were trained with 1e-4.
 
     Example:
         >>> pixel_norm(jnp.array([3.0, -3.0])).round(4).tolist()
@@ -77,7 +80,10 @@ def pixel_norm(x: Any) -> jax.Array:
     Reference: arXiv:2312.02696, Appendix B.
     """
     h = x.astype(at_least_float32(x.dtype))
-    return (h * lax.rsqrt(jnp.square(h).mean(-1, keepdims=True) + 1e-8)).astype(x.dtype)
+    mean = jnp.square(h).mean(-1, keepdims=True)
+    if eps:
+        return (h / (safe_sqrt(mean) + eps)).astype(x.dtype)
+    return (h * lax.rsqrt(mean + 1e-8)).astype(x.dtype)
 
 
 def with_ones(x: Any) -> jax.Array:
@@ -85,9 +91,12 @@ def with_ones(x: Any) -> jax.Array:
     return jnp.concatenate([x, jnp.ones_like(x[..., :1])], axis=-1)
 
 
-def _directions(kernel: Any) -> jax.Array:
-    """`w / |w|` per output, the last axis."""
-    return kernel * lax.rsqrt(jnp.square(kernel).sum(tuple(range(kernel.ndim - 1)), keepdims=True) + 1e-12)
+def _directions(kernel: Any, eps: float = 0.0) -> jax.Array:
+    """`w / |w|` per output, the last axis; with eps `w / (|w| + eps sqrt(n))` for n weights of an output."""
+    size = jnp.square(kernel).sum(tuple(range(kernel.ndim - 1)), keepdims=True)
+    if eps:
+        return kernel / (safe_sqrt(size) + eps * math.sqrt(kernel.size // kernel.shape[-1]))
+    return kernel * lax.rsqrt(size + 1e-12)
 
 
 class Gain(nn.Module):
@@ -115,12 +124,13 @@ class MPDense(nn.Module):
 
     features: int
     dtype: Any = jnp.float32
+    eps: float = 0.0  # see `pixel_norm`
 
     @nn.compact
     def __call__(self, x: Any) -> jax.Array:
         """Apply the layer."""
         kernel = self.param("kernel", fan_in_uniform(fan_in=1), (x.shape[-1], self.features), jnp.float32)
-        return Tap(name="out")(x.astype(self.dtype) @ _directions(kernel).astype(self.dtype))
+        return Tap(name="out")(x.astype(self.dtype) @ _directions(kernel, self.eps).astype(self.dtype))
 
 
 class MPConv(nn.Module):
@@ -140,6 +150,7 @@ class MPConv(nn.Module):
     features: int
     kernel: tuple[int, int] = (3, 3)
     dtype: Any = jnp.float32
+    eps: float = 0.0  # see `pixel_norm`
 
     @nn.compact
     def __call__(self, x: Any) -> jax.Array:
@@ -147,7 +158,7 @@ class MPConv(nn.Module):
         shape = (*self.kernel, x.shape[-1], self.features)
         kernel = self.param("kernel", fan_in_uniform(fan_in=1), shape, jnp.float32)
         form = choose_form(jax.default_backend())
-        return Tap(name="out")(form(x.astype(self.dtype), _directions(kernel).astype(self.dtype)))
+        return Tap(name="out")(form(x.astype(self.dtype), _directions(kernel, self.eps).astype(self.dtype)))
 
 
 def mp_fourier(t: Any, features: int, seed: int = 0) -> jax.Array:
@@ -169,9 +180,29 @@ def mp_fourier(t: Any, features: int, seed: int = 0) -> jax.Array:
     return math.sqrt(2) * jnp.cos(2 * math.pi * (t * lift(frequency) + lift(phase)))
 
 
+class KeptFourier(nn.Module):
+    """The features of `mp_fourier` with frequencies and phases that are kept with the parameters, and not trained.
+
+    sqrt(2) cos(w_i t + p_i).   Args: t: any shape.   Returns: [*t.shape, features] float32.
+    """
+
+    features: int
+
+    @nn.compact
+    def __call__(self, t: Any) -> jax.Array:
+        """The features at t."""
+        n = (self.features,)
+        w = self.param("frequencies", nn.initializers.normal(2 * math.pi), n, jnp.float32)
+        p = self.param("phases", nn.initializers.uniform(2 * math.pi), n, jnp.float32)
+        t = jnp.asarray(t, jnp.float32)[..., None]
+        lift = lambda a: lax.stop_gradient(a).reshape((1,) * (t.ndim - 1) + (-1,))
+        return math.sqrt(2) * jnp.cos(t * lift(w) + lift(p))
+
+
 class MPEmbedding(nn.Module):
     """A table of `num_classes + 1` vectors whose features have unit magnitude over the classes; the last is "no label".
 
+    With `zero` there are `num_classes`, and "no label" is zero.
     Args: label: [B] integers in [0, num_classes].   Returns: [B, features].
 
     Example:
@@ -183,13 +214,17 @@ class MPEmbedding(nn.Module):
     num_classes: int
     features: int
     dtype: Any = jnp.float32
+    zero: bool = False
+    eps: float = 0.0  # see `pixel_norm`
 
     @nn.compact
     def __call__(self, label: Any) -> jax.Array:
         """Look the labels up."""
-        shape = (self.num_classes + 1, self.features)
+        shape = (self.num_classes + (not self.zero), self.features)
         table = self.param("kernel", fan_in_uniform(fan_in=1), shape, jnp.float32)
-        return Tap(name="out")(rows_of(math.sqrt(shape[0]) * _directions(table), label).astype(self.dtype))
+        rows = math.sqrt(shape[0]) * _directions(table, self.eps)
+        rows = jnp.concatenate([rows, jnp.zeros_like(rows[:1])]) if self.zero else rows
+        return Tap(name="out")(rows_of(rows, label).astype(self.dtype))
 
 
 class MPCode(nn.Module):
@@ -203,19 +238,25 @@ class MPCode(nn.Module):
     num_classes: int = 0
     vector_size: int = 0
     dtype: Any = jnp.float32
+    kept: bool = False  # `KeptFourier`
+    zero_label: bool = False  # see `MPEmbedding`
+    share: float = 0.5  # of the label, and of the vector
+    eps: float = 0.0  # see `pixel_norm`
 
     @nn.compact
     def __call__(self, t: Any, condition: Condition) -> jax.Array:
         """The code of time and condition."""
-        c = MPDense(self.features, self.dtype, name="time")(mp_fourier(t, self.fourier))
+        h = KeptFourier(self.fourier, name="fourier")(t) if self.kept else mp_fourier(t, self.fourier)
+        c = MPDense(self.features, self.dtype, self.eps, name="time")(h)
         items = []
         if self.num_classes:
-            items.append(MPEmbedding(self.num_classes, self.features, self.dtype, name="label")(condition.label))
+            label = MPEmbedding(self.num_classes, self.features, self.dtype, self.zero_label, self.eps, name="label")
+            items.append(label(condition.label))
         if self.vector_size:  # of unknown size, and often zero: its direction, with a one beside it
-            v = pixel_norm(with_ones(jnp.asarray(condition.vector).astype(self.dtype)))
-            items.append(MPDense(self.features, self.dtype, name="vector")(v))
+            v = pixel_norm(with_ones(jnp.asarray(condition.vector).astype(self.dtype)), self.eps)
+            items.append(MPDense(self.features, self.dtype, self.eps, name="vector")(v))
         for item in items:
-            c = mp_sum(c, item.reshape(item.shape[:1] + (1,) * (c.ndim - 2) + item.shape[1:]))
+            c = mp_sum(c, item.reshape(item.shape[:1] + (1,) * (c.ndim - 2) + item.shape[1:]), self.share)
         return mp_silu(c)
 
 
@@ -237,6 +278,7 @@ class CosineAttention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
+    eps: float = 0.0  # see `pixel_norm`
 
     @nn.compact
     def __call__(self, x: Any) -> jax.Array:
@@ -244,8 +286,9 @@ class CosineAttention(nn.Module):
         d = x.shape[-1]
         if d % self.heads:
             raise ValueError(f"attention needs a width divisible by heads; got width {d} and heads={self.heads}")
-        qkv = MPDense(3 * d, self.dtype, name="qkv")(x)
-        q, k, v = map(pixel_norm, jnp.split(qkv.reshape(*x.shape[:2], 3 * self.heads, d // self.heads), 3, axis=2))
+        qkv = MPDense(3 * d, self.dtype, self.eps, name="qkv")(x)
+        parts = jnp.split(qkv.reshape(*x.shape[:2], 3 * self.heads, d // self.heads), 3, axis=2)
+        q, k, v = (pixel_norm(a, self.eps) for a in parts)
         logits = Tap(name="logits")(logits_of(q * (d // self.heads) ** -0.5, k))
         weights = Tap(name="weights")(softmax(logits))
-        return MPDense(d, self.dtype, name="out")(weighted(weights, v).reshape(x.shape))
+        return MPDense(d, self.dtype, self.eps, name="out")(weighted(weights, v).reshape(x.shape))

@@ -95,7 +95,8 @@ class UNet(nn.Module):
     pyramid_in: Any = None  # `input_skip`, `input_residual`
     pyramid_out: Any = None  # (y, factor) -> y enlarged, where each level adds to the output: `double`, `fir_double`
     deep_vector: bool = False  # see `Code`
-    early_vector: bool = False  # see `Code`
+    label: Any = None  # see `Code`
+    early: tuple[str, ...] = ()  # see `Code`
     null_label: bool = True  # whether num_classes has a "no label" beside the classes, see `LabelEmbedding`
     middle: tuple[bool, ...] | None = (
         None  # blocks at the bottom, True with `mix`; default two, the first as the levels
@@ -112,7 +113,7 @@ class UNet(nn.Module):
             raise ValueError(f"token_size={self.token_size} needs attention at some level; got attention=()")
         condition = condition_of(self, cond, x)
         kinds = (self.num_classes, self.vector_size, self.frequencies, self.act, self.dtype)
-        more = dict(deep_vector=self.deep_vector, null_label=self.null_label, early_vector=self.early_vector)
+        more = dict(deep_vector=self.deep_vector, null_label=self.null_label, label=self.label, early=self.early)
         code = Code(self.code, *kinds, sinusoids=self.sinusoids, **more, name="code")
         c = code(read_time(t, x), condition)
         levels = range(len(self.widths))
