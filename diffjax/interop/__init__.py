@@ -1,7 +1,8 @@
 """Weights of other libraries: local folders with a configuration and safetensors, read into networks here and written back.
 
-`load_pretrained(folder)` and `save_pretrained(folder, pretrained)` know the classes of `CLASSES`. Files of other formats are
-read by `open_tensors` and a table of `Rule`s. Nothing is downloaded, and no pickle is opened.
+`load_pretrained(folder)` and `save_pretrained(folder, pretrained)` know the classes of `CLASSES`; `load_pipeline(folder)` reads
+a pipeline, with its scheduler as a process, a time code and a solver (`read_schedule`). Files of other formats are read by
+`open_tensors` and a table of `Rule`s. Nothing is downloaded, and no pickle is opened.
 """
 
 from __future__ import annotations

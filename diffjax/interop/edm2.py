@@ -19,7 +19,8 @@ from __future__ import annotations
 from typing import Any
 
 from diffjax.interop import options
-from diffjax.interop.edm import edm_pieces, example, function, interleaved
+from diffjax.interop.edm import edm_pieces, example, function
+from diffjax.interop.edm_rules import interleaved
 from diffjax.interop.peer import Config, Peer
 from diffjax.interop.pieces import Pieces, expect
 from diffjax.interop.rules import Rule, conv, conv1x1, dense, same
@@ -60,15 +61,15 @@ def network(config: Config) -> EDM2UNet:
         head_size=c.channels_per_head,
         num_classes=c.label_dim,
         out_channels=c.img_channels,
-        residual=c.res_balance,
-        join=c.concat_balance,
-        clip=c.clip_act,
-        dropout=c.dropout,
+        residual=float(c.res_balance),
+        join=float(c.concat_balance),
+        clip=None if c.clip_act is None else float(c.clip_act),
+        dropout=float(c.dropout),
         fourier=c.model_channels * c.channel_mult_noise if c.channel_mult_noise else widths[0],
         code=c.model_channels * c.channel_mult_emb if c.channel_mult_emb else max(widths),
         kept_fourier=True,
         zero_label=True,
-        label_share=c.label_balance,
+        label_share=float(c.label_balance),
         middle=True,
         log_variance=c.logvar_channels,
         eps=1e-4,
