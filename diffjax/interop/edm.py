@@ -105,7 +105,7 @@ def song(kind: str, c: Any) -> dict[str, Any]:
     pyramid = options.accept(kind, "encoder_type", c.encoder_type, pyramids)
     if c.encoder_type == "residual" and down is not fir_halve:
         raise ValueError(f"{kind}: encoder_type='residual' needs resample_filter=[1, 3, 3, 1]; got {c.resample_filter}")
-    features = {"positional": falling(1.0, False), "fourier": kept_fourier(16.0)}
+    features = {"positional": falling(1, False), "fourier": kept_fourier(16.0)}
     return dict(
         stem=c.model_channels,
         sinusoids=c.model_channels * c.channel_mult_noise,

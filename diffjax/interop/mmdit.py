@@ -278,4 +278,4 @@ def example_of(module: MMDiT, side: int, channels: int) -> tuple:
 
 
 SD3_PEER = Peer(sd3_network, sd3_config, sd3_rules, sd3_example, fit=sd3_fit, buffers=sd3_buffers)
-FLUX_PEER = Peer(flux_network, flux_config, flux_rules, flux_example)
+FLUX_PEER = Peer(flux_network, flux_config, flux_rules, flux_example, unit=1e-3)

@@ -38,6 +38,7 @@ class Peer(NamedTuple):
     `latent(module, config)`: of an autoencoder, shift and scale of `latent.LatentSpace`, each [c].
     `fit(module, config, tensors)`: the module for these tensors, where they say more than the configuration.
     `buffers(module, config)`: arrays that are no parameters of ours and yet in their files: written, and not read.
+    `unit`: what the network is given for a timestep of one of a scheduler, where pipelines divide it.
     `pieces(config)`: `pieces.Pieces` of a network whose configuration says its process, without a scheduler.
     `ignored`: patterns of tensors that may be there and are not read.   `renames`: patterns of older names, with new ones.
     """
@@ -54,6 +55,7 @@ class Peer(NamedTuple):
     renames: tuple[tuple[str, str], ...] = ()
     by_config: bool = False
     pieces: Callable[[Config], Any] | None = None
+    unit: float = 1.0
 
     def table(self, module: Any, config: Config) -> list[Rule]:
         """The rules of a module with a configuration."""

@@ -70,6 +70,18 @@ class steps_of:  # noqa: N801  (reads as a function: time=steps_of(1000))
         return jax.tree.map(lambda ti: self.steps * ti, t)
 
 
+@dataclasses.dataclass(frozen=True)
+class times_unit:  # noqa: N801  (reads as a function: time=times_unit(time, 1e-3))
+    """A time code times a factor."""
+
+    time: Callable[..., Any]
+    unit: float
+
+    def __call__(self, process: Process, t: PyTree) -> PyTree:
+        """The code at time t."""
+        return jax.tree.map(lambda c: self.unit * c, self.time(process, t))
+
+
 def sigma_itself(process: Process, t: PyTree) -> PyTree:
     """The time code sigma(t)."""
     return process.sigma(t)

@@ -90,7 +90,8 @@ class Pretrained:
 
         Args: schedule: default that of the scheduler beside it.   null, guide: see `Schedule.denoiser`.
         """
-        return (schedule or self.schedule()).denoiser(self.fn, self.params, null=null, guide=guide)
+        unit = CLASSES[self.kind].unit
+        return (schedule or self.schedule()).denoiser(self.fn, self.params, null=null, guide=guide, unit=unit)
 
     def __repr__(self) -> str:
         return (

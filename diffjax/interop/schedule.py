@@ -12,7 +12,7 @@ import numpy as np
 from diffjax import prediction as pr
 from diffjax.guidance import chain
 from diffjax.interop import continuous, discrete, options
-from diffjax.interop.pieces import Kind, Pieces
+from diffjax.interop.pieces import Kind, Pieces, times_unit
 from diffjax.processes.betas import DISCRETE
 from diffjax.processes.gaussian import EDM, RECTIFIED
 from diffjax.types import Cond, Denoiser, Process, PyTree, Solver
@@ -67,16 +67,19 @@ class Schedule:
         """
         return self.pieces.method(self.process, self.grid(n, **options))
 
-    def denoiser(self, fn: Any, params: PyTree = None, *, null: Cond = None, guide: Any = None) -> Denoiser:
+    def denoiser(
+        self, fn: Any, params: PyTree = None, *, null: Cond = None, guide: Any = None, unit: float = 1.0
+    ) -> Denoiser:
         """The denoiser of a network that was trained with this schedule, with its limits on x0.
 
         Args: fn: `fn(params, x, t, cond)` with their time.   null: the condition that means "no condition".   guide: a
-        transform such as `guidance.cfg(5.0)`; the limits are around it. Where fn returns twice the channels of x, the second
-        half is the learned variance, an auxiliary output.
+        transform such as `guidance.cfg(5.0)`; the limits are around it.   unit: factor of the time code. Where fn returns
+        twice the channels of x, the second half is the learned variance, an auxiliary output.
         """
         p = self.pieces
+        time = p.time if unit == 1.0 else times_unit(p.time, unit)
         d = pr.denoiser(
-            WithVariance(fn), p.process, p.read, params, null=null, input_scale=p.input_scale, time=p.time, aux=True
+            WithVariance(fn), p.process, p.read, params, null=null, input_scale=p.input_scale, time=time, aux=True
         )
         return chain(*([] if guide is None else [guide]), *p.limits)(d)
 

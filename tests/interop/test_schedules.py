@@ -211,6 +211,14 @@ def test_levels_before_the_shift():
     np.testing.assert_allclose(dynamic.grid(2, tokens=4096, levels=levels)[1], 0.5 * shift / (1 + 0.5 * (shift - 1)))
 
 
+def test_networks_that_take_another_unit_of_time():
+    s, seen = schedule("FlowMatchEulerDiscrete"), lambda params, x, t, cond: x * t.reshape(-1, 1)
+    thousand, one = (s.denoiser(seen, {}, unit=unit)(jnp.ones((1, 2)), 0.5) for unit in (1.0, 1e-3))
+    np.testing.assert_allclose(1 - thousand.x0, 0.5 * 500.0, rtol=1e-6)  # x0 = x - sigma v, where v is the code
+    np.testing.assert_allclose(1 - one.x0, 0.5 * 0.5, rtol=1e-6)
+    assert interop.CLASSES["FluxTransformer2DModel"].unit == 1e-3
+
+
 def test_a_process_without_scheduler_is_refused():
     with pytest.raises(ValueError, match="no scheduler expresses the process 'cosine'"):
         interop.schedule_config(processes.cosine())
