@@ -173,6 +173,7 @@ def _ancestral(kind: str, c: Any) -> Pieces:
 
 ALGORITHMS = {"dpmsolver++": (X0, 0.0), "deis": (X0, 0.0), "dpmsolver": (EPS, 0.0)}
 NOISY = {"sde-dpmsolver++": (X0, 1.0), "sde-dpmsolver": (EPS, 1.0)}
+VARIANCES = (None, "learned", "learned_range", "fixed_small", "fixed_small_log", "fixed_large")  # it is not used
 TYPES = {"midpoint": False, "heun": True, "logrho": False, "bh1": False, "bh2": False}
 
 
@@ -218,7 +219,7 @@ def _dpm_singlestep(kind: str, c: Any) -> Pieces:
     options.accept(kind, "solver_type", c.solver_type, TYPES)
     accepted = ALGORITHMS | {"sde-dpmsolver++": (X0, 1.0)}
     value, eta = options.accept(kind, "algorithm_type", c.algorithm_type, accepted)
-    options.accept(kind, "variance_type", c.variance_type, (None, "learned", "learned_range"))
+    options.accept(kind, "variance_type", c.variance_type, VARIANCES)
     _ends_at(kind, c, value)
     lower = c.lower_order_final or c.final_sigmas_type == "zero"
 
