@@ -1,14 +1,15 @@
 """DivControl: one ControlNet for four kinds of pictures, and a fifth kind by its tailors alone.
 
 The base, a transformer, is frozen; a copy of its first three blocks sees the picture (`diffjax.adapters.diversion`). Its matrices
-of rank 64 are sums of rank-one parts: 56 learngenes, on for all, and 8 tailors, gated by the embedding of the instruction
+of rank 64 are sums of rank-one parts: 48 learngenes, on for all, and 16 tailors, gated by the embedding of the instruction
 that says what the picture shows: edges, the digit blurred, all but a quadrant, low resolution. All parts are trained together
 on the four kinds. Then a fifth one, where the digit is bright, is learned from 100 pictures, by tailors and gates alone
 (`tailors_*`), and by everything (`full_*`). Without further training it is `zero_shot_*`.
 
 `*_fidelity` is one minus the distance of the silhouette of what is drawn to the one that was given, over the distance for
 silhouettes of other digits; `fidelity_ratio` is that of tailors and gates over that of everything, `*_overlap` the overlap of
-the silhouettes; `fidelity_*` are those of the four kinds, with their own hints.
+the silhouettes; `fidelity_*` are those of the four kinds, with their own hints. With 8 tailors and the rate of everything (a
+quarter) the ratio was .85.
 `start_error` is W(c) - W with all gates on, before training.
 """
 
@@ -58,7 +59,7 @@ def run(preset):
     full = preset == "full"
     steps, few_steps, few, n = (900, 300, 100, 100) if full else (4, 4, 8, 4)
     base = bases.load("dit", preset)
-    kind = adapters.diversion(blocks=3, tailors=8)
+    kind = adapters.diversion(blocks=3, tailors=16)
     fn = adapters.adapt(base.fn, div=kind)
     seen, held = bases.digits("train"), bases.digits("test")
     condition = lambda batch: {"label": batch["label"], "div": {k: batch[k] for k in ("image", "instruction")}}
@@ -91,8 +92,8 @@ def run(preset):
     figures = {f"fidelity_{name}": fidelity(drawn(params, name), name) for name in KINDS if name != NEW}
     new = of(NEW, seen, slice(few))
     tuned = {"zero_shot": params}
-    for name, part in (("tailors", r"^adapters/div/(tailors|gate)/"), ("full", "^adapters/")):
-        short = trainer(model, loss, few_steps, rate=1e-3, condition=condition, trainable=part)
+    for name, part, rate in (("tailors", r"^adapters/div/(tailors|gate)/", 4e-3), ("full", "^adapters/", 1e-3)):
+        short = trainer(model, loss, few_steps, rate=rate, condition=condition, trainable=part)
         tuned[name] = short(params, new)
     pictures = {name: drawn(p, NEW) for name, p in tuned.items()}
     figures |= {f"{name}_fidelity": fidelity(x, NEW) for name, x in pictures.items()}
