@@ -44,15 +44,11 @@ PART = {"y": np.random.default_rng(2).normal(size=(3, 4, 4, 1)).astype(np.float3
 CASES = {
     "lora": Case(adapters.lora(2), "unet"),
     "lora, transformer": Case(adapters.lora(2, targets="attention/qkv/kernel$"), "dit"),
-    "controlnet": Case(adapters.controlnet((6,)), "unet", PICTURE),
-    "controlnet, large picture": Case(adapters.controlnet((4, 6), scales=(0.5, 1.0, 1.0, 1.0, 2.0)), "unet", LARGE),
-    "control_transformer": Case(adapters.control_transformer(1), "dit", PICTURE),
-    "control_transformer, scanned": Case(adapters.control_transformer(1), "scanned", LARGE),
+    "controlnet": Case(adapters.controlnet((4, 6), scales=(0.5, 1.0, 1.0, 1.0, 2.0)), "unet", LARGE),
+    "control_transformer": Case(adapters.control_transformer(1), "scanned", LARGE),
     "lora, scanned": Case(adapters.lora((("attention/", 3), ("", 1)), parts=("q", "v")), "scanned"),
     "control_next": Case(adapters.control_next(widths=(6,)), "unet", LARGE),
-    "control_next, transformer": Case(adapters.control_next("block_0/block", (4,)), "dit", PICTURE),
-    "skip_tuner": Case(adapters.skip_tuner(2), "unet"),
-    "skip_tuner, pictures": Case(
+    "skip_tuner": Case(
         adapters.skip_tuner(2, conditions=("a", "b"), scales=(1.0, 0.5), widths=(4, 6), stop=True),
         "unet",
         {"a": LARGE, "b": PICTURE},

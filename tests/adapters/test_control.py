@@ -15,6 +15,14 @@ from diffjax.training import flops
 SKIPS = [f"skip_{k}" for k in range(4)]
 
 
+def start(adapter, name, own=None):
+    """As `made`, of an adapter that is no case of the contract."""
+    net, base, x, t, cond = network(name)
+    fn = adapters.adapt(net, it=adapter)
+    cond = cond if own is None else {**cond, "it": own}
+    return fn, jax.jit(fn.init)(jax.random.key(0), base, x, t, cond), x, t, cond
+
+
 def conv(x, kernel, bias, stride=1):
     """A 3 x 3 convolution of zero-padded pictures, as loops."""
     b, h, w, _ = x.shape
@@ -43,7 +51,7 @@ def test_the_encoder_of_a_picture_is_this_loop():
 
 
 def test_identity_instead_of_zero_convolutions_doubles_what_the_decoder_gets():
-    fn, params, x, t, cond = made("controlnet")
+    fn, params, x, t, cond = start(adapters.controlnet((6,)), "unet", PICTURE)
     net, base, *_, plain = network("unet")
     own = params["adapters"]["it"]
     own["zero"] = jax.tree.map(lambda a: jnp.eye(len(a)) if a.ndim == 2 else a, own["zero"])
@@ -54,7 +62,7 @@ def test_identity_instead_of_zero_convolutions_doubles_what_the_decoder_gets():
 
 def test_the_picture_enters_behind_the_first_convolution_of_the_copy():
     """A picture that is encoded as one constant is the same as another bias of that convolution."""
-    fn, params, x, t, cond = made("controlnet, large picture")
+    fn, params, x, t, cond = made("controlnet")
     params = moved(params)
     own, (net, base, *_, plain) = params["adapters"]["it"], network("unet")
     shift = np.linspace(-1, 1, 8, dtype=np.float32)
@@ -78,11 +86,14 @@ def test_the_picture_enters_behind_the_first_convolution_of_the_copy():
 
 def test_several_nets_add_and_their_decoder_is_not_run():
     net, base, x, t, cond = network("unet")
-    one = {"base": base, "adapters": {"it": moved(made("controlnet")[1])["adapters"]["it"]}}
+    one = {
+        "base": base,
+        "adapters": {"it": moved(start(adapters.controlnet((6,)), "unet", PICTURE)[1])["adapters"]["it"]},
+    }
     both = adapters.adapt(net, a=adapters.controlnet((6,)), b=adapters.controlnet((6,)))
     twice = {"base": base, "adapters": dict.fromkeys("ab", one["adapters"]["it"])}
     halves = {**twice, "weights": {"a": jnp.float32(0.3), "b": jnp.float32(0.7)}}
-    fn = made("controlnet")[0]
+    fn = adapters.adapt(net, it=adapters.controlnet((6,)))
     got = jax.jit(both)(halves, x, t, {**cond, "a": PICTURE, "b": PICTURE})
     np.testing.assert_allclose(got, jax.jit(fn)(one, x, t, {**cond, "it": PICTURE}), rtol=1e-4, atol=1e-4)
     site = adapters.Site(net, base, x, t, cond, None)
@@ -132,8 +143,18 @@ def test_cross_normalisation_has_the_moments_of_the_state():
     assert np.isfinite(flat).all()
 
 
+def test_control_next_enters_a_transformer_by_its_patches():
+    """With a constant picture what is added is the mean of what is there."""
+    fn, params, x, t, cond = start(adapters.control_next("block_0/block", (4,)), "dit", PICTURE)
+    net, base, *_, plain = network("dit")
+    own = jax.tree.map(jnp.zeros_like, params["adapters"]["it"])
+    mean = tapped(net, write={"block_0/block": lambda h: h + h.mean((1, 2), keepdims=True)})
+    got = jax.jit(fn)({**params, "adapters": {"it": own}}, x, t, cond)
+    np.testing.assert_allclose(got, jax.jit(mean)(base, x, t, plain), rtol=1e-5, atol=1e-5)
+
+
 def test_skip_tuner_is_this_map_and_stops_gradients_at_the_encoder():
-    fn, params, x, t, cond = made("skip_tuner")
+    fn, params, x, t, cond = start(adapters.skip_tuner(2), "unet")
     net, base, *_ = network("unet")
     params = moved(params)
     own = params["adapters"]["it"]
@@ -157,7 +178,7 @@ def test_skip_tuner_is_this_map_and_stops_gradients_at_the_encoder():
 
 
 def test_pictures_of_a_skip_tuner_add_and_may_be_left_out():
-    fn, params, x, t, cond = made("skip_tuner, pictures")
+    fn, params, x, t, cond = made("skip_tuner")
     params = moved(params)
     net, base, *_, plain = network("unet")
     site = adapters.Site(net, base, x, t, plain, None)
