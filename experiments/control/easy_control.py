@@ -34,7 +34,7 @@ RECIPE = Recipe(
         "first_keys_moved": at_most(0.0),
         "weight_zero_difference": at_most(0.0),
         "base_moved": at_most(0.0),
-        "edge_error_over_base": at_most(0.6),
+        "edge_error_over_base": at_most(0.65),
         "means_error_over_base": at_most(0.6),
         "both_edge_error_over_alone": at_most(1.1),
         "both_means_error_over_alone": at_most(1.1),

@@ -7,9 +7,10 @@ attention map A of the caption mixes too. Lift, Z and the projections of values 
     f = norm(L e) Z,  Z from zero,   A = softmax(Q K^T / sqrt(d)),   x^ = A V + A f W'
 
 A digit is thick if it has more ink than the median of its class, dark if its light is halved. Then all four pairs of labels
-are asked for under the captions of held-out digits; `right_*` say how often a sample has what was asked for (a half by chance), and
-`accuracy` how often a classifier that saw other data reads the digit of the caption, with the light restored. The rival adds f
-to the tokens of the caption, so that it changes the attention map; it is trained alike.
+are asked for under the captions of held-out digits, with the same noise. `right_thick` says how often the sample that should
+be thick has more ink than the one that should be thin, `right_bright` how often a sample is bright or dark as asked for, each
+a half by chance; `accuracy` how often a classifier that saw other data reads the digit of the caption, with the light
+restored. The rival adds f to the tokens of the caption, so that it changes the attention map; it is trained alike.
 """
 
 import dataclasses
@@ -35,23 +36,24 @@ RECIPE = Recipe(
         "start_difference": at_most(0.0),
         "attention_map_difference": at_most(0.0),
         "base_moved": at_most(0.0),
-        "right_thick": at_least(0.75),
+        "right_thick": at_least(0.85),
         "right_bright": at_least(0.95),
         "accuracy_drop": at_most(0.02),
     },
     minutes=2,
 )
-DARK = -0.8122831  # where a digit is black
+DARK, BRIGHT = -0.8122831, 1.8478819  # the range of the digits
 
 
 def light(x):
-    """The picture's brightest value over that of paper.   [B, 8, 8, 1] -> [B]"""
-    return ((x - DARK) / (-2 * DARK)).max((1, 2, 3))
+    """The picture's brightest value, 0 at black and 1 at the brightest of all.   [B, 8, 8, 1] -> [B]"""
+    return ((x - DARK) / (BRIGHT - DARK)).max((1, 2, 3))
 
 
 def ink(x):
-    """The mean of the picture where its brightest value is one.   [B, 8, 8, 1] -> [B]"""
-    return ((x - DARK) / (-2 * DARK)).mean((1, 2, 3)) / jnp.maximum(light(x), 0.1)
+    """How much of a picture is bright, its brightest value taken as one.   [B, 8, 8, 1] -> [B]"""
+    relative = (lit(x, 1 / jnp.maximum(light(x), 0.1)) - DARK) / (BRIGHT - DARK)
+    return jnp.clip(2 * relative - 0.5, 0.0, 1.0).mean((1, 2, 3))
 
 
 def lit(x, by):
@@ -83,7 +85,7 @@ class Added:
 
 def run(preset):
     full = preset == "full"
-    steps, n = (1200, 360) if full else (2, 20)
+    steps, n = (1500, 360) if full else (2, 20)
     base = bases.load("text", preset)
     seen, held = bases.digits("train"), jax.tree.map(lambda a: a[:n], bases.digits("test"))
     middle = jnp.stack([jnp.median(ink(seen["x"][seen["label"] == k])) for k in range(10)])
@@ -100,7 +102,7 @@ def run(preset):
     label = jnp.tile(held["label"], 4)
     cond = {**bases.caption(label), "mood": labels(*asked.T)}
     few = {name: a[:16] for name, a in cond.items()}
-    noise = bases.PROCESS.prior(jax.random.key(1), (len(label), 8, 8, 1))
+    noise = jnp.tile(bases.PROCESS.prior(jax.random.key(1), held["x"].shape), (4, 1, 1, 1))
     # in programs without fusion, because those of another program round in another way
     compiled = lambda f: jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
     at = lambda f, p, cond: compiled(f)(p, noise[:16], jnp.full(16, 0.5), cond)
@@ -114,7 +116,7 @@ def run(preset):
         fresh = jax.jit(fn.init)(jax.random.key(0), base.params, noise[:16], jnp.zeros(16), few)
         model = lambda p, fn=fn: base.denoiser(p, fn)
         loss = losses.flow_matching(label_drop=0.0)
-        params = trainer(model, loss, steps, rate=4e-3, trainable="^adapters/")(fresh, arrays)
+        params = trainer(model, loss, steps, batch=32, rate=4e-3, trainable="^adapters/")(fresh, arrays)
         samples[name] = draw(model(params).bind(cond), noise)
         map_moved = jnp.abs(read(fn, params, few) - read(base.fn, base.params, plain)).max()
         if name == "vmix":
@@ -127,11 +129,11 @@ def run(preset):
     read_right = {
         name: float(classify.accuracy(lit(x, 1 / jnp.maximum(light(x), 0.1)), label)) for name, x in samples.items()
     }
-    right = lambda have, want: float((have == (want == 1)).mean())
     for name in ("vmix", "added"):
         x, end = samples[name], "" if name == "vmix" else "_added"
-        figures["right_thick" + end] = right(ink(x) > middle[label], asked[:, 0])
-        figures["right_bright" + end] = right(light(x) > 0.75, asked[:, 1])
+        much = ink(x).reshape(2, 2, n)  # by bright, thick
+        figures["right_thick" + end] = (much[:, 1] > much[:, 0]).mean()
+        figures["right_bright" + end] = ((light(x) > 0.75) == (asked[:, 1] == 1)).mean()
         figures["accuracy_drop" + end] = read_right["base"] - read_right[name]
     shown = [slice(k * n, k * n + 5) for k in range(4)]
     return {
