@@ -1,7 +1,8 @@
 """EasyControl: a picture as further tokens of a frozen transformer, its keys and values computed once for all steps.
 
 The base is a DiT flow on the digits that knows labels. The picture runs through it as a clean state, q, k and v changed by
-low-rank kernels of its own, and its tokens see themselves alone; in every layer the state's tokens attend to both:
+low-rank kernels of its own, and its tokens see themselves alone; in every layer the state's tokens attend to both, with the
+weights of the picture's tokens times a gate that starts at zero:
 
     K_c, V_c = keys and values of the picture at t = 0, with W + B A in the place of W
     y = softmax(Q [K, K_c]^T) [V, V_c]
