@@ -1,7 +1,8 @@
 """Adapters: small trees of parameters beside a frozen network, several at once, each with a weight.
 
 `fn = adapt(from_linen(net), edge=..., style=lora(4))`, `params = fn.init(key, base, x, t, cond)`; then `fn(params, x, t,
-cond)` is the changed network. A fresh adapter changes nothing, to the bit.
+cond)` is the changed network. A fresh adapter changes nothing, to the bit. What adapters can compute once for all steps of a
+sampler, `fn.cache(params, x, t, cond)` puts into the condition.
 """
 
 from __future__ import annotations
