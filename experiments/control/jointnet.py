@@ -1,8 +1,8 @@
 """JointNet: a picture and its depth from a frozen branch and a trained copy of it.
 
 The base is a transformer that draws digits. A copy of it becomes the branch of a dense second modality, here the distance of
-each pixel to the next ink; the branch of the picture stays frozen. After every block the two add to each other, through linear
-maps from zero, so that the fresh pair draws what the base draws, twice:
+each pixel to the next ink; the branch of the picture stays frozen. After every block the two add to each other, through
+linear maps from zero, so that the fresh pair draws what the base draws, twice:
 
     h_x <- h_x + Z_x h_y,   h_y <- h_y + Z_y h_x,   loss = mean (velocity error of x and of y at one time t)
 
