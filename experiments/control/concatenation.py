@@ -89,7 +89,7 @@ def inpainter(base, steps):
 
 def run(preset):
     full = preset == "full"
-    first, steps, n, sampling = (1200, 2000, 360, 12) if full else (2, 2, 4, 2)
+    first, steps, n, sampling = (500, 700, 240, 8) if full else (2, 2, 4, 2)
     judge = bases.judge(full)
     base = inpainter(bases.load("unet", preset), first)
     digits, held = bases.digits("train"), runs.first(bases.digits("test"), n)
@@ -102,7 +102,7 @@ def run(preset):
     empty = {"wear": {"reference": jnp.zeros((8, 8, 1))}}
     one = runs.first(asked)
     fresh = jax.jit(fn.init)(jax.random.key(0), base.params, one["x"], jnp.zeros(1), training.condition(one))
-    params = runs.trainer_of(base, fn, steps, null=empty, drop=0.1)(fresh, canvas(arrays, reference))
+    params = runs.trainer_of(base, fn, steps, null=empty, drop=0.1, rate=5e-3)(fresh, canvas(arrays, reference))
 
     module = base.fn.module.clone(token_size=20)
     rival = dataclasses.replace(base.fn, module=module)
@@ -111,7 +111,7 @@ def run(preset):
     old = dict(training.partial.named(base.params))
     begin = jax.tree_util.tree_map_with_path(lambda p, a: old.get(training.partial.path_name(p), a), begin)
     blind = {"tokens": jnp.zeros((16, 20))}
-    other = runs.trainer_of(base, rival, steps, null=blind, drop=0.1, trainable="cross/")(begin, look)
+    other = runs.trainer_of(base, rival, steps, null=blind, drop=0.1, rate=5e-3, trainable="cross/")(begin, look)
 
     solver = solvers.heun(bases.PROCESS, times.uniform(sampling))
     noise = bases.PROCESS.prior(jax.random.key(1), canvas(asked, worn)["x"])

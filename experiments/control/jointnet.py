@@ -6,7 +6,7 @@ linear maps from zero, so that the fresh pair draws what the base draws, twice:
 
     h_x <- h_x + Z_x h_y,   h_y <- h_y + Z_y h_x,   loss = mean (velocity error of x and of y at one time t)
 
-Trained without labels, the pair is sampled jointly at eight marks of the training, and what the picture's branch draws is
+Trained without labels, the pair is sampled jointly at four marks of the training, and what the picture's branch draws is
 compared with test pictures. Afterwards one model gives each modality from the other, by holding the known one at its noised
 truth at every step: the depth of held-out pictures, and pictures of held-out depths.
 """
@@ -44,7 +44,7 @@ def depth(x):
 
 def run(preset):
     full = preset == "full"
-    steps, marks, n, sampling = (2000, 8, 360, 12) if full else (2, 2, 4, 2)
+    steps, marks, n, sampling = (800, 4, 240, 10) if full else (2, 2, 4, 2)
     base = bases.load("dit", preset)
     scanned = networks.from_linen(base.fn.module.clone(scan_layers=True))  # compiled once for all blocks
     base = bases.Base(scanned, networks.stack_blocks(base.params))
@@ -58,7 +58,7 @@ def run(preset):
     fn = adapters.adapt(base.fn, depth=adapters.jointnet())
     few = jax.tree.map(lambda a: a[:16], seen)
     fresh = jax.jit(fn.init)(jax.random.key(0), base.params, few["x"]["x"], jnp.zeros(16), few["label"])
-    stages = runs.trainer_of(base, fn, steps, rate=1e-3, marks=marks)(fresh, seen)  # leaves [marks, ...]
+    stages = runs.trainer_of(base, fn, steps, rate=2e-3, marks=marks)(fresh, seen)  # leaves [marks, ...]
     params = jax.tree.map(lambda a: a[-1], stages)
 
     noise = bases.PROCESS.prior(jax.random.key(1), held["x"])

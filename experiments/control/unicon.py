@@ -53,7 +53,7 @@ def turned(x):
 
 def run(preset):
     full = preset == "full"
-    steps, n, sampling = (1500, 360, 15) if full else (2, 4, 2)
+    steps, n, sampling = (600, 240, 10) if full else (2, 4, 2)
     base = bases.load("dit", preset)
     scanned = networks.from_linen(base.fn.module.clone(scan_layers=True))  # compiled once for all blocks
     base = bases.Base(scanned, networks.stack_blocks(base.params))
@@ -67,7 +67,7 @@ def run(preset):
     def trained(arrays, law=None):
         loss = losses.flow_matching(law, label_drop=0.0)
         model = lambda p: base.denoiser(p, fn)
-        run = trainer(model, loss, steps, rate=3e-3, trainable="^adapters/")
+        run = trainer(model, loss, steps, batch=32, rate=5e-3, trainable="^adapters/")
         return run(fresh, {"label": nothing(x), **arrays})
 
     uniform = times.laws.uniform()
