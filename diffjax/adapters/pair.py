@@ -5,6 +5,9 @@ branch's own, and where the branches meet both are at hand. The state is the pai
 {"x": ..., "y": ...} of times, and so is the output; or it is one part alone, and the other stands in the adapter's condition
 with its own time: {"y": ..., "t": 0} asks for x given y, {"x": ..., "t": 0} for y given x, t = 1 with noise for one part
 whatever the other is, and anything between for coarse control.
+
+Other pairs go with a pair, and adapters that add to parameters (those of the branch of x); adapters that write to taps do not
+know of the second branch.
 """
 
 from __future__ import annotations
