@@ -50,14 +50,16 @@ def test_kept_frequencies_are_parameters_without_gradient():
 
 
 def test_a_vector_beside_the_time():
-    net = nw.UNet(widths=(4,), blocks=1, attention=(), code=6, sinusoids=4, vector_size=3, early_vector=True)
+    net = nw.UNet(widths=(4,), blocks=1, attention=(), code=6, sinusoids=4, vector_size=3, early=("vector",))
     code = shapes(net, X, T, {"vector": np.zeros((2, 3), np.float32)})["code"]
-    assert sorted(code) == ["time"] and code["time"]["vector"]["kernel"].shape == (3, 4)
+    assert code["vector"]["kernel"].shape == (3, 4) and "bias" not in code["vector"]
     time = TimeCode(6, 4)
-    params = jax.jit(time.init)(jax.random.key(0), T, np.ones((2, 3), np.float32))["params"]
-    a, b = (time.apply({"params": params}, jnp.asarray(T), jnp.full((2, 3), v)) for v in (0.0, 1.0))
-    bare = {name: p for name, p in params.items() if name != "vector"}
-    np.testing.assert_allclose(a, time.apply({"params": bare}, jnp.asarray(T)), rtol=1e-6)
+    params = jax.jit(time.init)(jax.random.key(0), T)["params"]
+    a, b, bare = (
+        time.apply({"params": params}, jnp.asarray(T), *more)
+        for more in ((jnp.zeros((2, 4)),), (jnp.ones((2, 4)),), ())
+    )
+    np.testing.assert_allclose(a, bare, rtol=1e-6)
     assert np.abs(a - b).max() > 1e-3
 
 
