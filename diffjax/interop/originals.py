@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from diffjax.interop import dit_original, guided, tensors
-from diffjax.interop.pretrained import Pretrained, from_tensors, read_documents
+from diffjax.interop.documents import read_documents
+from diffjax.interop.pretrained import Pretrained, from_tensors
 
 
 def load_dit(path: Any, kind: str = "DiT", *, num_heads: int | None = None, dtype: Any = None) -> Pretrained:
