@@ -194,9 +194,7 @@ def _order(kind: str, c: Any) -> int:
 def _dpm_multistep(kind: str, c: Any) -> Pieces:
     order, heun_type = _order(kind, c), options.accept(kind, "solver_type", c.solver_type, TYPES)
     value, eta = options.accept(kind, "algorithm_type", c.algorithm_type, ALGORITHMS | NOISY)
-    options.accept(
-        kind, "variance_type", c.variance_type, (None, "learned", "learned_range")
-    )  # the variance is not used
+    options.accept(kind, "variance_type", c.variance_type, VARIANCES)
     _ends_at(kind, c, value)
 
     def method(process: Process, grid: Any) -> Solver:
