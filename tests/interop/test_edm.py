@@ -66,7 +66,7 @@ def test_weights_are_normalised_where_they_are_used():
     x, t = jnp.ones((1, 8, 8, 3)), jnp.array([0.1])
     larger = jax.tree_util.tree_map_with_path(lambda path, a: 1e3 * a if path[-1].key == "kernel" else a, model.params)
     y, z = (model.fn(params, x, t) for params in (model.params, larger))
-    np.testing.assert_allclose(z, y, rtol=2e-2)  # but for the 1e-4 beside the norms
+    assert float(jnp.abs(z - y).max()) < 2e-2 * float(jnp.abs(y).max())  # but for the 1e-4 beside the norms
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ values = lambda: interop.open_tensors([PIPELINE / VALUES])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_samples_are_those_of_diffusers(name):
     pipe = interop.load_pipeline(PIPELINE)
-    s = interop.read_schedule({**pipe.schedule.config, "_class_name": name})
+    s = interop.read_schedule({**pipe.schedule.config, "_class_name": name, **SAMPLERS[name]})
     noise = jnp.moveaxis(jnp.array(values()["noise"]), 1, -1)
     x = jax.jit(diffjax.sample)(jax.random.key(0), pipe.network.denoiser(s), s.solver(STEPS), noise)
     wanted = np.moveaxis(np.array(values()[name]), 1, -1)
