@@ -1,8 +1,9 @@
 """SD3Transformer2DModel and FluxTransformer2DModel of diffusers as `networks.MMDiT`.
 
-Time codes: SD3 takes t = 1000 sigma, Flux sigma itself and its guidance weight as it is. Their pooled text is
-`cond["vector"]`, with the guidance weight behind it; their text tokens are `cond["tokens"]`. Flux works on packed patches of
-2 x 2; here it takes the latents themselves, and channels beyond those of the output are `cond["image"]`.
+Both take the time code t = 1000 sigma, as their schedulers give it (the class of Flux itself is given sigma, and multiplies).
+Their pooled text is `cond["vector"]`, and behind it 1000 times the guidance weight, if Flux takes one; their text tokens are
+`cond["tokens"]`. Flux works on packed patches of 2 x 2; here it takes the latents themselves, and channels beyond those of
+the output are `cond["image"]`.
 """
 
 from __future__ import annotations
@@ -47,7 +48,6 @@ FLUX_DEFAULTS = dict(
     axes_dims_rope=(16, 56, 56),
 )  # fmt: skip
 PACKED = 2  # side of the patches that Flux is given
-SIGMA = tuple(1000 * w for w in THOUSAND)  # it multiplies sigma by 1000 itself
 TABLE = "pos_embed.pos_embed"
 SWAPPED = chunks((1, 0))  # they have the scale before the shift
 
@@ -172,14 +172,14 @@ def flux_network(config: Config) -> MMDiT:
         rope=Rope(features=tuple(axes)),
         single=c.num_single_layers,
         guided=c.guidance_embeds,
-        frequencies=SIGMA,
+        frequencies=THOUSAND,
         act=nn.gelu,
     )
 
 
 def flux_config(module: MMDiT) -> dict[str, Any]:
     """The configuration of a module."""
-    check_plain(module, frequencies=(SIGMA,), qk_norm=(True,), patch=(PACKED,), positions=(None,), alone=(0,))
+    check_plain(module, frequencies=(THOUSAND,), qk_norm=(True,), patch=(PACKED,), positions=(None,), alone=(0,))
     size = module.width // module.heads
     rope = module.rope
     if rope is None or rope != Rope(features=rope.features) or rope.features is None or not module.single:

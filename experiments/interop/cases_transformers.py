@@ -154,11 +154,11 @@ def flux_ours(model: Any, params: Any, inputs: Arrays) -> Arrays:
     """The same of ours."""
     vector = inputs["vector"]
     if "guidance" in inputs:
-        vector = jnp.concatenate([vector, inputs["guidance"][:, None]], axis=1)
+        vector = jnp.concatenate([vector, 1000 * inputs["guidance"][:, None]], axis=1)
     cond = {"tokens": inputs["tokens"], "vector": vector}
     if "image" in inputs:
         cond["image"] = last(inputs["image"])
-    return {"out": first(model.fn(params, last(inputs["x"]), inputs["t"], cond))}
+    return {"out": first(model.fn(params, last(inputs["x"]), 1000 * inputs["t"], cond))}
 
 
 # -------------------------------------------------------------------------------------------- DiT and SiT of their authors

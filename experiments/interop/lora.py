@@ -90,7 +90,7 @@ def our_output(case: Case, model: Any, inputs: Arrays, adapter: Any, low: Any, *
     if merged:
         changed, params = model, fn.merge(params)
     else:
-        changed = types.SimpleNamespace(fn=fn)
+        changed = types.SimpleNamespace(fn=fn, module=model.module)
     call = lambda params, inputs: case.ours(changed, params, inputs)
     return next(iter(jax.jit(call)(params, {name: jnp.asarray(a) for name, a in inputs.items()}).values()))
 
@@ -195,6 +195,7 @@ def arguments(case: Case, model: Any, inputs: Arrays) -> tuple:
     held: list[tuple] = []
 
     class Spy:
+        module = model.module
         fn = staticmethod(lambda params, *args: held.append(args) or model.fn(params, *args))
 
     jax.eval_shape(lambda i: case.ours(Spy, model.params, i), {name: jnp.asarray(a) for name, a in inputs.items()})

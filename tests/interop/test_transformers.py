@@ -9,7 +9,6 @@ from diffjax import interop
 from diffjax.interop import dit, dit_original, mmdit, transformers
 from diffjax.networks import DiT, Learned, MMDiT, Sincos, random_parameters
 from diffjax.networks.layers import stack_blocks
-from diffjax.networks.mmdit import THOUSAND
 from diffjax.training import CheckpointError
 from experiments.interop.goldens import FOLDER
 
@@ -56,7 +55,7 @@ def test_options_without_counterpart_are_refused_by_name(network, config, named)
         (dit.config, dit.network(DIT).clone(positions=Sincos()), "positions"),
         (mmdit.sd3_config, mmdit.sd3_network(SD3).clone(num_classes=3), "num_classes=3"),
         (mmdit.sd3_config, mmdit.sd3_network(SD3).clone(vector_size=0), "vector_size=0"),
-        (mmdit.flux_config, mmdit.flux_network(FLUX).clone(frequencies=THOUSAND), "frequencies"),
+        (mmdit.flux_config, mmdit.flux_network(FLUX).clone(frequencies=(1.0, 256.0)), "frequencies"),
         (mmdit.flux_config, mmdit.flux_network(FLUX).clone(rope=None), "rope=None"),
     ],
 )
@@ -76,6 +75,8 @@ def test_released_sizes_are_those_of_the_presets():
         found = mmdit.sd3_network(sizes | dict(pos_embed_max_size=192))
         assert isinstance(found, MMDiT)
         assert found.clone(out_channels=None) == make(**fields)
+    make, fields = PRESETS["flux-dev"]
+    assert mmdit.flux_network(dict(guidance_embeds=True)).clone(out_channels=None) == make(**fields)
 
 
 def test_kinds_are_inverse():
