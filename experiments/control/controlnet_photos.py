@@ -5,6 +5,9 @@ the crops: lengths of gradients; a Gaussian blur; means over 4 x 4 squares; the 
 is. Each then gets pictures of held-out crops. The control error is the root mean square difference between the picture made of a
 sample and the one that was given, over that of samples of the base; for the masked crops it is taken where the crop was
 shown. Quality is the sliced Wasserstein distance of samples to other held-out crops, as a ratio to that of the base.
+
+Of the edges alone the claim fails: lengths of gradients leave colours and the signs of steps open, and 500 batches of 32
+bring their error to 0.56 of the base's only, where those of the other three are at a tenth to a sixth.
 """
 
 import jax
