@@ -61,7 +61,7 @@ def overlaps(x, scene):
 
 def run(preset):
     full = preset == "full"
-    steps, n, count, hidden = (2000, 400, 20000, 64) if full else (2, 12, 40, 8)
+    steps, n, count, hidden = (2400, 400, 20000, 64) if full else (2, 12, 40, 8)
     base = bases.load("scenes", preset)
     seen, held = bases.scenes(jax.random.key(2), count), bases.scenes(jax.random.key(3), n)
     said = told(seen)
