@@ -94,6 +94,7 @@ def concatenation(axis: int = 1, targets: str = r"(^|/)attention/") -> Concatena
     Reference: Chong et al. 2025, arXiv:2407.15886, section 3.
 
     Example:
+        >>> import jax
         >>> from diffjax.adapters import adapt
         >>> from diffjax.networks import DiT, from_linen, random_parameters
         >>> net, x, t = from_linen(DiT(width=8, depth=1, heads=2)), jnp.ones((1, 2, 2, 1)), jnp.zeros(1)
