@@ -8,7 +8,7 @@ cross normalisation, and differences of norms, biases and a few maps of the base
 
 It has at most a tenth of the parameters and half of the steps. The control error is the root mean square difference between
 the edges of samples and those that were asked for, of held-out digits, given over that of ControlNet, means of three seeds of
-the training.
+the training. It does not get there: 300 steps leave 1.47 of the error that ControlNet has after 600, and 0.49 of the base's.
 """
 
 import jax
