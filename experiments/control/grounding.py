@@ -11,6 +11,8 @@ Objects that are not there have learned null tokens; one scene in five is traine
 boxes it has not seen. The box found in a sample is the smallest around what has the colour; its overlap with the one asked
 for is their intersection over union, and chance is the overlap of the boxes of other scenes. With null tokens alone the
 samples have to be those of the base: by the MMD to scenes, over the MMD of the base's own.
+
+The recorded run, 2400 batches of 32, is too short for the claim: the overlap is 0.36, three times chance, and not yet 0.6.
 """
 
 import jax
