@@ -92,9 +92,7 @@ CATALOGUE: dict[str, Card] = {
     "diversion": Card(diversion, "xie2026divcontrol#Eq. 4", "control_transformer in rank-one parts, some gated"),
     "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),
     "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
-    "parallel_attention": Card(
-        parallel_attention, "arXiv:2312.03556 arXiv:2308.06721", "A V + w A' V' of tokens of its own"
-    ),
+    "parallel_attention": Card(parallel_attention, "arXiv:2312.03556", "A V + w A' V' of tokens of its own"),
     "easy_control": Card(easy_control, "arXiv:2503.07027", "a picture's keys and values in every attention, cached"),
     "grounding": Card(grounding, "arXiv:2301.07093", "gated attention to tokens of objects and their boxes"),
     "grounded_control": Card(

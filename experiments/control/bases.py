@@ -65,7 +65,7 @@ def caption(label):
 
 
 def digits(split):
-    """`{"x": [N, 8, 8, 1] in [-1, 1], "label": [N]}` of a split: train, test, classifier."""
+    """`{"x": [N, 8, 8, 1] standardised, in [-0.82, 1.85], "label": [N]}` of a split: train, test, classifier."""
     return {k: jnp.asarray(v) for k, v in data.load("digits").read(split).items() if k != "index"}
 
 

@@ -89,7 +89,7 @@ def inpainter(base, steps):
 
 def run(preset):
     full = preset == "full"
-    first, steps, n, sampling = (500, 700, 240, 8) if full else (2, 2, 4, 2)
+    first, steps, n, sampling = (1000, 2000, 240, 8) if full else (2, 2, 4, 2)
     judge = bases.judge(full)
     base = inpainter(bases.load("unet", preset), first)
     digits, held = bases.digits("train"), runs.first(bases.digits("test"), n)

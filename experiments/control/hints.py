@@ -1,6 +1,6 @@
 """Conditions made from pictures, for the recipes of this family: what is drawn, at what coarseness, where, and how far from it.
 
-Pictures are [B, H, W, C] in [-1, 1]; hints are [B, H, W, c] in [0, 1], where zero is nothing, unless said otherwise. All are
+Pictures are [B, H, W, C], about [-1, 1] (the standardised digits reach 1.85); hints are [B, H, W, c] in [0, 1], where zero is nothing, unless said otherwise. All are
 plain JAX functions, so that a recipe makes hints of its samples as of its data, inside `jit`.
 """
 
@@ -12,7 +12,7 @@ SOBEL = np.outer([1, 2, 1], [-1, 0, 1]) / 8  # the derivative along the second a
 
 
 def grey(x):
-    """The mean of the channels, from [-1, 1] to [0, 1].   [B, H, W, C] -> [B, H, W, 1]"""
+    """The mean of the channels, [-1, 1] taken to [0, 1].   [B, H, W, C] -> [B, H, W, 1]"""
     return (x.mean(-1, keepdims=True) + 1) / 2
 
 

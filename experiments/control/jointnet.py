@@ -44,7 +44,7 @@ def depth(x):
 
 def run(preset):
     full = preset == "full"
-    steps, marks, n, sampling = (800, 4, 240, 10) if full else (2, 2, 4, 2)
+    steps, marks, n, sampling = (2000, 4, 240, 10) if full else (2, 2, 4, 2)
     base = bases.load("dit", preset)
     scanned = networks.from_linen(base.fn.module.clone(scan_layers=True))  # compiled once for all blocks
     base = bases.Base(scanned, networks.stack_blocks(base.params))
@@ -58,7 +58,7 @@ def run(preset):
     fn = adapters.adapt(base.fn, depth=adapters.jointnet())
     few = jax.tree.map(lambda a: a[:16], seen)
     fresh = jax.jit(fn.init)(jax.random.key(0), base.params, few["x"]["x"], jnp.zeros(16), few["label"])
-    stages = runs.trainer_of(base, fn, steps, rate=2e-3, marks=marks)(fresh, seen)  # leaves [marks, ...]
+    stages = runs.trainer_of(base, fn, steps, rate=1e-3, marks=marks)(fresh, seen)  # leaves [marks, ...]
     params = jax.tree.map(lambda a: a[-1], stages)
 
     noise = bases.PROCESS.prior(jax.random.key(1), held["x"])
