@@ -35,10 +35,13 @@ def save_adapter(
 
     Args: path: the file.   adapter: of the catalogue, such as `lora(rank=4)`.   params: those of the adapter alone.   base:
         parameters of the network it was trained beside.   about: more to remember, strings or JSON-able values.
-    Raises: ValueError: an adapter that no catalogue line builds again; OSError: it could not be written.
+    Raises: ValueError: an adapter that no catalogue line builds again; about has names that the file needs; OSError: it
+        could not be written.
     """
-    described = describe(adapter)
-    text = {"kind": "adapter", "adapter": described, "base": fingerprint(base), **(about or {})}
+    own = {"kind": "adapter", "adapter": describe(adapter), "base": fingerprint(base)}
+    if taken := sorted(set(own) & set(about or {})):
+        raise ValueError(f"about cannot have {taken}: the file says these of the adapter itself; choose other names")
+    text = {**own, **(about or {})}
     return export_safetensors(params, path, text)
 
 
@@ -56,10 +59,9 @@ def load_adapter(path: Any, base: PyTree | None = None) -> tuple[Any, PyTree, di
             "and LoRA files of other libraries by diffjax.interop"
         )
     try:
-        adapter = build(json.loads(text.pop("adapter")))
-    except (ValueError, TypeError, KeyError) as error:
+        adapter, fits = build(json.loads(text.pop("adapter"))), text.pop("base")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} holds an adapter that this diffjax cannot build: {error}") from error
-    fits = text.pop("base")
     if base is not None and fits != fingerprint(base):
         raise CheckpointError(
             f"{path} holds an adapter for another network: its base has the fingerprint {fits[:12]}, this one has "

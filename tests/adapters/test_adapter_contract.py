@@ -81,3 +81,14 @@ def test_a_file_gives_it_back_and_refuses_another_base(name, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, found, jax.tree.map(np.asarray, own))
     with pytest.raises(training.CheckpointError, match="another network"):
         adapters.load_adapter(file, {"w": np.ones(2)})
+
+
+def test_a_file_says_what_it_is_itself(tmp_path):
+    adapter, own, file = adapters.lora(1), {"w": np.ones(2, np.float32)}, tmp_path / "it.safetensors"
+    with pytest.raises(ValueError, match=r"about cannot have \['base', 'kind'\]"):
+        adapters.save_adapter(file, adapter, own, own, {"kind": "style", "base": "digits", "note": "one"})
+    described = adapters.files.describe(adapter)
+    for text in ({"adapter": described}, {"adapter": {**described, "fields": [1]}, "base": "0"}):
+        training.export_safetensors(own, file, {"kind": "adapter", **text})
+        with pytest.raises(training.CheckpointError, match="cannot build"):
+            adapters.load_adapter(file)
