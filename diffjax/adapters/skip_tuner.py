@@ -50,7 +50,7 @@ class SkipTuner:
             s = jax.lax.stop_gradient(s) if self.stop else s
             out = s
             for (p, scale), g in zip(tuners, hints, strict=True):
-                h = s + g[skip] if g else s
+                h = s + g[skip].astype(s.dtype) if g else s
                 more = dense(p[skip]["up"], jax.nn.gelu(dense(p[skip]["down"], h), approximate=False))
                 out = out + strength(more if scale == 1.0 else scale * more, weight)
             return out

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from adapter_cases import LARGE, PICTURE, made, moved, network
+from adapter_cases import CASES, LARGE, PICTURE, made, moved, network
 
 from diffjax import adapters, networks
 from diffjax.adapters import copies, maps
@@ -175,6 +175,14 @@ def test_skip_tuner_is_this_map_and_stops_gradients_at_the_encoder():
     size = lambda tree: max(float(jnp.abs(g).max()) for g in jax.tree.leaves(tree))
     first = {name: g for name, g in copies.encoder(grads).items() if name != "code"}  # the code goes to the decoder too
     assert size(first) == 0 and size(grads["up_0_0"]) > 0
+
+
+def test_pictures_of_a_skip_tuner_go_with_a_network_in_half_precision():
+    net, base, x, t, cond = network("unet")
+    half = adapters.adapt(networks.from_linen(net.module.clone(dtype=jnp.bfloat16)), it=CASES["skip_tuner"].adapter)
+    cond = {**cond, "it": CASES["skip_tuner"].own}
+    params = jax.eval_shape(half.init, jax.random.key(0), base, x, t, cond)
+    assert jax.eval_shape(half, params, x, t, cond).shape == x.shape
 
 
 def test_pictures_of_a_skip_tuner_add_and_may_be_left_out():
