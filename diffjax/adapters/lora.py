@@ -70,7 +70,13 @@ class LoRA:
 
         def whole(path: str, a: Any) -> Any:
             if path + "/down" in low:
-                return product(path).reshape(a.shape)
+                more, n = product(path), stacked(path)
+                if more.shape != (*a.shape[:n], math.prod(a.shape[n:-1]), a.shape[-1]):
+                    raise ValueError(
+                        f"the additions to {path} are {list(more.shape)} for an array {list(a.shape)}: the adapter was made for "
+                        "another network"
+                    )
+                return more.reshape(a.shape)
             kinds = KINDS[PROJECTION.match(path)[2]]
             found = {kind: product(f"{path}/{kind}") for kind in kinds if f"{path}/{kind}/down" in low}
             zero = jnp.zeros_like(next(iter(found.values())))
@@ -78,7 +84,12 @@ class LoRA:
 
         held = {path.rpartition("/")[0] for path in low}
         held |= {path.rpartition("/")[0] for path in held}
-        return {path: whole(path, a) for path, a in self.kernels(site.base).items() if path in held}
+        found = {path: whole(path, a) for path, a in self.kernels(site.base).items() if path in held}
+        if strange := [path for path in low if not any(path.startswith(kernel + "/") for kernel in found)]:
+            raise ValueError(
+                f"the network has no parameters for {strange[:3]}: the adapter was made for another one, or with other targets"
+            )
+        return found
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """The kernels of the base, changed."""

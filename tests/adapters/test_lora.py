@@ -155,3 +155,12 @@ def test_bad_input():
     fn = adapters.adapt(plain, a=adapters.lora(2, targets="cross/q_in", parts=("v",)))
     with pytest.raises(ValueError, match="has one of the parts"):
         fn.init(jax.random.key(0), params, x, t, tokens)
+    fn = adapters.adapt(net, a=adapters.lora(2, targets="out/kernel$"))
+    other, wide = ({"down": np.ones((n, 2), np.float32), "up": np.ones((2, n), np.float32)} for n in (4, 16))
+    with pytest.raises(ValueError, match="no parameters for .*elsewhere"):
+        fn.merge({"base": base, "adapters": {"a": {"elsewhere": {"out": {"kernel": other}}}}})
+    with pytest.raises(ValueError, match=r"out/kernel are \[16, 16\] for an array"):
+        fn.merge({"base": base, "adapters": {"a": {"out": {"kernel": wide}}}})
+    fn = adapters.adapt(net, a=adapters.difference("out/bias"))
+    with pytest.raises(ValueError, match=r"what is added \[3\]"):
+        fn.merge({"base": base, "adapters": {"a": {"out": {"bias": np.ones(3, np.float32)}}}})
