@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.networks.functional import per_item
-from diffjax.networks.taps import per_layer, tapped
+from diffjax.networks.taps import apart, per_layer, tapped
 from diffjax.numerics import PyTree
 
 
@@ -77,9 +77,10 @@ class Adapted:
 
     def __call__(self, params: Any, x: Any, t: Any, cond: Any = None, key: Any = None, *, mutable: Any = False) -> Any:
         """The output of the changed network."""
-        if key is not None and jnp.ndim(key) == 1:  # dropout: one key per item
+        if key is not None and jnp.ndim(key) == 1 and not mutable:  # dropout: one key per item
             return per_item(lambda *args: self(params, *args), x, t, cond, key)
-        base, cond, changes = params["base"], *self._changes(params, x, t, cond, key)
+        cond, changes = self._changes(params, x, t, cond, key)
+        base = params["base"]
         for change in changes:
             base = added(base, change.add)
         for change in changes:
@@ -125,8 +126,8 @@ class Adapted:
 
         Raises: ValueError: an adapter that does more.
         """
-        base = params["base"]
-        for delta in self._deltas(params):
+        deltas, base = self._deltas(params), params["base"]
+        for delta in deltas:
             base = added(base, delta)
         return base
 
@@ -135,39 +136,49 @@ class Adapted:
 
         Raises: ValueError: an adapter that does more than add.
         """
-        base = params["base"]
-        for delta in reversed(self._deltas(params)):
+        deltas, base = self._deltas(params), params["base"]
+        for delta in reversed(deltas):
             base = added(base, {path: -a for path, a in delta.items()})
         return base
 
     def _deltas(self, params: Any) -> list[dict[str, Any]]:
         """What each adapter adds to the parameters."""
-        site, weights = Site(self.net, params["base"], None, None, None, None), params.get("weights", {})
+        weights = self._weights(params)
+        site = Site(self.net, params["base"], None, None, None, None)
         for name, adapter in self.adapters:
             if not hasattr(adapter, "delta"):
                 raise ValueError(
                     f"the adapter {name!r} ({type(adapter).__name__}) cannot be merged: it does more than add to parameters. "
                     "Keep it beside the network, or leave it out of adapt(...)"
                 )
-        return [adapter.delta(params["adapters"][name], site, weights.get(name)) for name, adapter in self.adapters]
+        return [adapter.delta(params["adapters"][name], site, weights[name]) for name, adapter in self.adapters]
 
     def _changes(self, params: Any, x: Any, t: Any, cond: Any, key: Any) -> tuple[Any, list[Change]]:
+        weights = self._weights(params)
+        rest, own = self._parted(cond)
+        site = Site(self.net, params["base"], x, t, rest, None, key)
+        with apart():  # what an adapter calls is no part of what is called
+            return rest, [
+                adapter.change(params["adapters"][name], site._replace(own=own[name]), weights[name])
+                for name, adapter in self.adapters
+            ]
+
+    def _weights(self, params: Any) -> dict[str, Any]:
+        """The weight of each adapter, or None.   Raises: ValueError: not parameters as `init` makes them, unknown weights."""
         missing = sorted({name for name, _ in self.adapters} - set(params.get("adapters", {})))
         if "base" not in params or missing:
             raise ValueError(
                 f"params must be {{'base': ..., 'adapters': {{name: ...}}}}, as adapt(...).init makes them; got {sorted(params)}"
                 + (f", without the adapters {missing}" if missing else "")
             )
-        rest, own = self._parted(cond)
         weights = params.get("weights", {})
-        site = Site(self.net, params["base"], x, t, rest, None, key)
-        changes = []
-        for name, adapter in self.adapters:
-            weight = weights.get(name)
+        unknown = sorted(set(weights) - set(params["adapters"]))
+        if unknown:
+            raise ValueError(f"weights has {unknown}, but the adapters are {sorted(params['adapters'])}")
+        for name, weight in weights.items():
             if weight is not None and jnp.ndim(weight):
                 raise ValueError(f"weights[{name!r}] must be one number; got shape {jnp.shape(weight)}")
-            changes.append(adapter.change(params["adapters"][name], site._replace(own=own[name]), weight))
-        return rest, changes
+        return {name: weights.get(name) for name, _ in self.adapters}
 
     def _parted(self, cond: Any) -> tuple[Any, dict[str, Any]]:
         """The condition of the network, and that of each adapter."""
@@ -219,7 +230,7 @@ def adapt(net: Callable[..., Any], **adapters: Any) -> Adapted:
 def added(params: PyTree, deltas: Mapping[str, Any]) -> PyTree:
     """`params` with `deltas` added to the arrays of these paths, in the dtypes that they had.
 
-    Raises: ValueError: a path that is not there.
+    Raises: ValueError: a path that is not there, or of another shape.
 
     Example:
         >>> added({"out": {"kernel": jnp.ones(2)}}, {"out/kernel": jnp.ones(2)})["out"]["kernel"].tolist()
@@ -231,7 +242,12 @@ def added(params: PyTree, deltas: Mapping[str, Any]) -> PyTree:
 
     def leaf(path: Any, a: Any) -> Any:
         delta = left.pop(jax.tree_util.keystr(path, simple=True, separator="/"), None)
-        return a if delta is None else (a + delta.astype(a.dtype))
+        if delta is None:
+            return a
+        if delta.shape != a.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise ValueError(f"{name} is {list(a.shape)}, what is added {list(delta.shape)}: made for another network")
+        return a + delta.astype(a.dtype)
 
     params = jax.tree_util.tree_map_with_path(leaf, params)
     if left:

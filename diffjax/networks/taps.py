@@ -8,11 +8,12 @@ by `PATH.method`, such as `block_0/attention.mix`.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import dataclasses
 import difflib
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ import jax.numpy as jnp
 from flax import traverse_util
 
 COLLECTION = "taps"
-_APART: contextvars.ContextVar[bool] = contextvars.ContextVar("apart", default=False)  # inside `Call.using`
+_APART: contextvars.ContextVar[int] = contextvars.ContextVar("apart", default=0)  # how many `apart` we are in
 
 
 class Tap(nn.Module):
@@ -64,6 +65,26 @@ class per_layer:  # noqa: N801  (reads as a function: write={name: per_layer(f)}
     f: Callable[[Any, Any], Any]
 
 
+@contextlib.contextmanager
+def apart() -> Iterator[None]:
+    """Inside, networks are called that are no part of those whose taps are read from outside.
+
+    Example:
+        >>> net = Tap(name="a")
+        >>> def twice(x, **options):
+        ...     with apart():
+        ...         net.apply({}, x)
+        ...     return net.apply({}, x, **options)
+        >>> tapped(twice, read="")(3.0)[1]
+        {'': 3.0}
+    """
+    before = _APART.set(_APART.get() + 1)
+    try:
+        yield
+    finally:
+        _APART.reset(before)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Call:
     """What a function of `around` is given: the module or method that it wraps, called as that is."""
@@ -80,12 +101,9 @@ class Call:
         """The same module with other parameters, in which nothing is read, written or wrapped."""
 
         def f(*args: Any, **kwargs: Any) -> Any:
-            before = _APART.set(True)
-            try:
+            with apart():
                 module = self.module.clone(parent=None, name=None)
                 return module.apply({"params": params}, *args, method=self.method, **kwargs)
-            finally:
-                _APART.reset(before)
 
         return f
 
@@ -103,9 +121,10 @@ class Tapped:
         """`apply(*args, **kwargs)`, or `(that, {name: value})` if taps are read."""
         write, around, seen, layers = dict(self.write), dict(self.around), {}, {}
         passed: dict[str, None] = {}
+        own = _APART.get()
 
         def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-            if _APART.get():
+            if _APART.get() != own:
                 return call(*args, **kwargs)
             module = context.module
             path = module.path
@@ -198,9 +217,10 @@ def tap_names(apply: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[str
         ('layers_0', 'layers_1')
     """
     seen: dict[str, None] = {}
+    own = _APART.get()
 
     def interceptor(call: Callable, args: tuple, kwargs: dict, context: Any) -> Any:
-        if isinstance(context.module, Tap) and context.method_name == "__call__":
+        if _APART.get() == own and isinstance(context.module, Tap) and context.method_name == "__call__":
             seen["/".join(context.module.path)] = None
         return call(*args, **kwargs)
 

@@ -5,11 +5,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from adapter_cases import moved, network
+from adapter_cases import made, moved, network
 
 import diffjax
 from diffjax import adapters, losses, networks, processes, training
-from diffjax.networks.taps import per_layer, tapped
+from diffjax.networks.taps import per_layer, tap_names, tapped
 
 
 def test_lora_is_a_change_of_weights_and_merges():
@@ -79,6 +79,30 @@ def test_around_counts_a_module_once_inside_scan_and_remat(remat):
     )
 
 
+def test_taps_of_the_changed_network_are_not_those_of_what_adapters_call():
+    fn, params, x, t, cond = made("controlnet")
+    params, net = moved(params), fn.net
+    plain = {"label": cond["label"]}
+    names = ("skip_0", "bottleneck")
+    assert tap_names(fn, params, x, t, cond) == tap_names(net, params["base"], x, t, plain)
+
+    @jax.jit
+    def both(params):
+        out, seen = tapped(fn, read=names)(params, x, t, cond)
+        # the second half sees nothing else of the adapter, nor of the picture
+        skips = [f"skip_{k}" for k in range(4)]
+        seen |= tapped(fn, read=skips)(params, x, t, cond)[1]
+        write = {name: lambda _, value=value: value for name, value in seen.items()}
+        off = tapped(fn, write=dict.fromkeys(write, jnp.zeros_like))(params, x, t, cond)
+        return out, fn(params, x, t, cond), tapped(net, write=write)(params["base"], x, t, plain), off
+
+    out, want, again, off = both(params)
+    np.testing.assert_allclose(out, want, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(again, want, rtol=1e-5, atol=1e-5)
+    silent = tapped(net, write=dict.fromkeys([*names, "skip_1", "skip_2", "skip_3"], jnp.zeros_like))
+    np.testing.assert_allclose(off, jax.jit(silent)(params["base"], x, t, plain), rtol=1e-5, atol=1e-5)
+
+
 def test_bad_input():
     net, base, x, t, cond = network("dit")
     with pytest.raises(ValueError, match="raw function"):
@@ -93,6 +117,14 @@ def test_bad_input():
     with pytest.raises(ValueError, match="one number"):
         params = fn.init(jax.random.key(0), base, x, t, cond)
         fn({**params, "weights": {"a": jnp.ones(3)}}, x, t, cond)
+    with pytest.raises(ValueError, match=r"weights has \['b'\]"):
+        fn({**params, "weights": {"b": jnp.float32(0)}}, x, t, cond)
+    with pytest.raises(ValueError, match="params must be"):
+        fn(base, x, t, cond)
+    with pytest.raises(ValueError, match="without the adapters"):
+        fn.merge({"base": base, "adapters": {}})
+    with pytest.raises(ValueError, match="key of its own"):
+        tapped(fn, read="block_0/block")(params, x, t, cond, jax.random.split(jax.random.key(0), len(x)))
     with pytest.raises(ValueError, match="names no array"):
         adapters.adapt(net, a=adapters.lora(2, targets="nothing")).init(jax.random.key(0), base, x, t, cond)
     with pytest.raises(ValueError, match="rank >= 1"):
