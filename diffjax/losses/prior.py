@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from diffjax import numerics as nu
 from diffjax.losses.denoising import as_tree
@@ -29,7 +31,7 @@ class PriorPreservation:
         k_own, k_pick, k_prior = jax.random.split(key, 3)
         draw = lambda k: jax.random.randint(k, (), 0, nu.batch_size(self.x))
         pick = jax.vmap(draw)(nu.item_keys(k_pick, items))
-        x, c = jax.tree.map(lambda a: a[pick], (self.x, self.cond))
+        x, c = jax.tree.map(lambda a: jnp.asarray(a)[pick], (self.x, self.cond))
         subject, aux = self.loss(k_own, denoiser, x0, cond, items=items)
         prior, _ = self.loss(k_prior, denoiser, x, c, items=items)
         return subject + self.weight * prior, {**aux, "subject": subject, "prior": prior}
@@ -57,7 +59,7 @@ def prior_preservation(loss: Any, x: PyTree, cond: Cond = None, weight: Scalar =
     Reference: Ruiz et al. 2023, arXiv:2208.12242, section 3.3.
     """
     n = nu.batch_size(x)
-    wrong = sorted({a.shape[:1] for a in jax.tree.leaves(cond) if a.shape[:1] != (n,)})
+    wrong = sorted({np.shape(a)[:1] for a in jax.tree.leaves(cond)} - {(n,)})
     if wrong:
         raise ValueError(f"prior_preservation needs conditions of as many items as samples, {n}; got {wrong}")
     return PriorPreservation(as_tree(loss), x, cond, weight)
