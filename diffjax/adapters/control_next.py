@@ -10,9 +10,11 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.adapters.core import Change, Site, strength
+from diffjax.adapters.lora import stacked
 from diffjax.adapters.maps import conv, dense, fresh, normalised, picture_of
 from diffjax.networks.layers import at_least_float32
 from diffjax.networks.resample import halve
+from diffjax.networks.taps import per_layer
 from diffjax.numerics import PyTree
 
 
@@ -73,7 +75,10 @@ class ControlNext:
         for i in range(len(self.widths)):
             c = _block(params[f"block_{i}"], halve(c) if i < halvings else c)
         c = dense(params["out"], c)
-        return Change(write={self.tap: lambda h: h + strength(cross_normalised(_sized(c, h), h), weight)})
+        add = lambda h: h + strength(cross_normalised(_sized(c, h), h), weight)
+        if stacked(self.tap):  # the tap of all layers, of which the first is meant
+            return Change(write={self.tap: per_layer(lambda h, layer: jnp.where(layer == 0, add(h), h))})
+        return Change(write={self.tap: add})
 
 
 def control_next(tap: str = "down_0_0/block", widths: tuple[int, ...] = (16, 16)) -> ControlNext:
@@ -82,8 +87,8 @@ def control_next(tap: str = "down_0_0/block", widths: tuple[int, ...] = (16, 16)
     It reads a picture in the condition under its name, of the state's axes, or 2, 4 .. 2^len(widths) times as long. It is to be
     trained with a small part of the base: beside `difference(targets)`, which can be taken back and weighted likewise. Fresh
     it is **not** the base, as other adapters are: what has the statistics of h is not zero. With the weight zero it is.
-    Args: tap: where it enters, early in the network; of pictures [B, *n, C] or of their patches [B, N, C].   widths: of the
-        residual blocks.
+    Args: tap: where it enters, early in the network; of pictures [B, *n, C] or of their patches [B, N, C]; of
+        scanned layers it is that of the first.   widths: of the residual blocks.
     Raises: ValueError: out of range; at init and later, an unknown tap, a picture that does not fit.
 
     Example:

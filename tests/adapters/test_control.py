@@ -9,7 +9,7 @@ from adapter_cases import CASES, LARGE, PICTURE, made, moved, network
 from diffjax import adapters, networks
 from diffjax.adapters import copies, maps
 from diffjax.adapters.control_norm import blurred
-from diffjax.networks.taps import tapped
+from diffjax.networks.taps import per_layer, tapped
 from diffjax.training import flops
 
 SKIPS = [f"skip_{k}" for k in range(4)]
@@ -143,12 +143,14 @@ def test_cross_normalisation_has_the_moments_of_the_state():
     assert np.isfinite(flat).all()
 
 
-def test_control_next_enters_a_transformer_by_its_patches():
+@pytest.mark.parametrize(("name", "tap"), [("dit", "block_0/block"), ("scanned", "blocks/block")])
+def test_control_next_enters_a_transformer_by_its_patches_once(name, tap):
     """With a constant picture what is added is the mean of what is there."""
-    fn, params, x, t, cond = start(adapters.control_next("block_0/block", (4,)), "dit", PICTURE)
-    net, base, *_, plain = network("dit")
+    fn, params, x, t, cond = start(adapters.control_next(tap, (4,)), name, PICTURE)
+    net, base, *_, plain = network(name)
     own = jax.tree.map(jnp.zeros_like, params["adapters"]["it"])
-    mean = tapped(net, write={"block_0/block": lambda h: h + h.mean((1, 2), keepdims=True)})
+    more = lambda h, layer=0: h + jnp.where(layer == 0, h.mean((1, 2), keepdims=True), 0.0)
+    mean = tapped(net, write={tap: more if name == "dit" else per_layer(more)})
     got = jax.jit(fn)({**params, "adapters": {"it": own}}, x, t, cond)
     np.testing.assert_allclose(got, jax.jit(mean)(base, x, t, plain), rtol=1e-5, atol=1e-5)
 
