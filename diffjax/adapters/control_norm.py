@@ -167,7 +167,8 @@ def region_bias() -> RegionBias:
     """Attention to tokens that is drawn to regions.   softmax(S + w strength log(1 + (1 - t)^2) std(S) mask)
 
     It reads masks [B, *n, S] in the condition under its name: how much each place of the state belongs to each of S tokens.
-    Its one parameter, `strength`, starts at zero and is usually set, not trained; 1.5 is published.
+    Its one parameter, `strength`, starts at zero and is usually set, not trained; 1.5 is published. The time t is what the
+    network is given and must be in [0, 1], 0 for data.
     Raises: ValueError: at init and later, masks that do not fit, a network without attention to tokens.
 
     Reference: Hu et al. 2023, arXiv:2306.00964, section 3 (spatial guidance), as in the released code.

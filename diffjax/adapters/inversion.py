@@ -38,7 +38,8 @@ def textual_inversion(vectors: int = 1) -> TextualInversion:
 
     Its condition, under its name, is an integer array [B, L]: k in 0..n-1 where the k-th word stands among the tokens, -1
     elsewhere; left out, no word stands anywhere. The token that is already there is what the word starts from: in the
-    paper a word of the class that the concept belongs to. Train with `trainable="^adapters/"`.
+    paper a word of the class that the concept belongs to. Train with `trainable="^adapters/"`. For guidance the null
+    condition has -1 everywhere: `null={"tokens": ..., NAME: -ones(L)}`.
     Args: vectors: n >= 1.
     Raises: ValueError: n < 1; at init or a call, no tokens in the condition; places of another shape, type or range.
 
@@ -86,7 +87,7 @@ def label_inversion(vectors: int = 1, at: str = "code/label") -> LabelInversion:
 
     Its condition, under its name, is an integer array [B]: k in 0..n-1 for an item of the k-th new label, -1 for one of the
     old; left out, all are old. The label that the network is given is what the new one starts from: a class like it, or
-    "no label".
+    "no label". For guidance the null condition is of no new label either: `null={"label": num_classes, NAME: -1}`.
     Args: vectors: n >= 1.   at: path of the `LabelEmbedding` in the network.
     Raises: ValueError: n < 1; at init, no such module; at a call, another shape, type or range.
 

@@ -7,6 +7,7 @@ import pytest
 from adapter_cases import moved, network
 
 from diffjax import adapters
+from diffjax.prediction import broadcast_null
 
 
 def test_a_word_stands_for_the_token_it_starts_from_and_its_vector():
@@ -37,6 +38,8 @@ def test_a_new_label_is_a_row_of_its_own():
     got = jax.jit(fn)(params, x, t, {**own, "new": np.array([-1, 1, -1])})
     want = [jax.jit(net)(p, x, t, own) for p in (base, larger)]
     np.testing.assert_allclose(got, [want[0][0], want[1][1], want[0][2]], rtol=1e-5, atol=1e-5)
+    null = broadcast_null({"label": 3, "new": -1}, {**own, "new": np.array([-1, 1, -1])}, 3)
+    np.testing.assert_array_equal(jax.jit(fn)(params, x, t, null), jax.jit(net)(base, x, t, {"label": null["label"]}))
 
 
 def test_bad_input():
