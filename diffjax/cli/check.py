@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ import jax
 
 from diffjax import networks
 from diffjax.cli import model as models
-from diffjax.cli.config import Train
+from diffjax.cli.config import Adapter, Train
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -90,7 +91,17 @@ def number(name: str, value: Any, rule: Rule) -> None:
 
 
 def adapter(settings: Train) -> None:
-    """Refuse options that do not go with an adapter.   Raises: ValueError."""
+    """Refuse options that do not go with an adapter, and those of an adapter without one.   Raises: ValueError."""
+    if settings.adapter.kind == "none":
+        if settings.adapter != Adapter():
+            raise ValueError("--adapter-rank and --adapter-targets are of an adapter; add --adapter lora, or leave them out")
+        return
+    try:
+        re.compile(settings.adapter.targets or "")
+    except re.error as error:
+        raise ValueError(
+            f"--adapter-targets must be a regular expression; got {settings.adapter.targets!r}: {error}"
+        ) from None
     if settings.init is None:
         raise ValueError(
             f"--adapter {settings.adapter.kind} is trained beside a trained network; add --init RUN or FILE.safetensors"
@@ -114,8 +125,7 @@ def numbers(settings: Train, devices: int | None = None) -> None:
             value = getattr(value, part)
         number(name, value, rule)
     path, t = settings.process, settings.training
-    if settings.adapter.kind != "none":
-        adapter(settings)
+    adapter(settings)
     devices = devices or jax.device_count()
     if t.noise_scale and t.accumulate < 2 and (t.parallel == "mesh" or devices == 1):
         raise ValueError(

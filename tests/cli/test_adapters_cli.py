@@ -73,6 +73,8 @@ def test_bad_input(trained, adapted, call, tmp_path):
     base, _ = trained
     for argv, text in (
         (("train", "gaussians", "--adapter", "lora", *TINY), "add --init RUN"),
+        (("train", "gaussians", "--adapter-rank", 2, *TINY), "add --adapter lora"),
+        (("train", "gaussians", "--init", base, "--adapter", "lora", "--adapter-targets", "(", *TINY), "regular expr"),
         (
             ("train", "gaussians", "--init", base, "--adapter", "lora", "--adapter-rank", 0, *TINY),
             "--adapter.rank must be",
