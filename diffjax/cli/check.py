@@ -94,7 +94,9 @@ def adapter(settings: Train) -> None:
     """Refuse options that do not go with an adapter, and those of an adapter without one.   Raises: ValueError."""
     if settings.adapter.kind == "none":
         if settings.adapter != Adapter():
-            raise ValueError("--adapter-rank and --adapter-targets are of an adapter; add --adapter lora, or leave them out")
+            raise ValueError(
+                "--adapter-rank and --adapter-targets are of an adapter; add --adapter lora, or leave them out"
+            )
         return
     try:
         re.compile(settings.adapter.targets or "")

@@ -19,6 +19,7 @@ from jax.extend import core
 
 from diffjax.numerics import PyTree
 from diffjax.training.state import widen
+from diffjax.training.trainable import join, split
 
 FREE = frozenset(
     "broadcast_in_dim concatenate convert_element_type copy copy_p dynamic_slice dynamic_update_slice eq expand_dims "
@@ -99,7 +100,10 @@ def model_flops(train_step: Any, params: PyTree, batch: PyTree) -> Flops:
     Args: train_step: from `make_train_step`.   params, batch: arrays or `ShapeDtypeStruct`s, the batch over all devices.
     Reference: Chowdhery et al. 2022, arXiv:2204.02311, Appendix B (model FLOPs utilisation).
     """
-    return count(jax.grad(saving(mean_loss(train_step)), has_aux=True), params, *inputs(train_step, batch))
+    trained, rest = split(params, train_step.trainable)
+    loss = mean_loss(train_step)
+    grad = jax.grad(saving(lambda trained, *args: loss(join(trained, args[0]), *args[1:])), has_aux=True)
+    return count(grad, trained, rest, *inputs(train_step, batch))
 
 
 def mean_loss(train_step: Any) -> Callable[..., Any]:

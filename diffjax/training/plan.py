@@ -20,6 +20,7 @@ from diffjax.training.layouts import AXES, Layout, shards
 from diffjax.training.placement import without_fsdp
 from diffjax.training.state import count_params
 from diffjax.training.traced import Trace, named, size_of, specs, trace
+from diffjax.training.trainable import split
 
 UNITS = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
@@ -174,15 +175,16 @@ def _plan(t: Trace, layout: Layout, limit: int | float | None) -> Plan:
     sizes = jax.tree.map(lambda a, s: _local(a, s.spec, layout), state, cut)
     size = lambda tree: sum(jax.tree.leaves(tree))
     parameters = size(sizes.params)
-    entire = size(jax.tree.map(lambda a, s: _local(a, without_fsdp(s.spec), layout), state.params, cut.params))
+    entire = jax.tree.map(lambda a, s: _local(a, without_fsdp(s.spec), layout), state.params, cut.params)
+    learned, _ = split(entire if t.parallel == "shard_map" else sizes.params, step.trainable)
     once = layout.fsdp > 1 and (t.parallel == "shard_map" or not t.again)
     memory = {
         "parameters": parameters,
         "averages": size(sizes.ema),
         "optimiser": size(sizes.opt_state),
-        "gathered parameters": entire if once else 0,
+        "gathered parameters": size(entire) if once else 0,
         # While parts of a batch are added up, there is the sum and the gradient of a part.
-        "gradients": (entire if t.parallel == "shard_map" else parameters) * (1 + (step.accumulate > 1)),
+        "gradients": size(learned) * (1 + (step.accumulate > 1)),
         "activations": t.kept + (t.copies if once else t.copies // layout.fsdp),
         "batch and counters": t.per_device + size((sizes.step, sizes.key, sizes.skipped)),
     }
@@ -203,15 +205,19 @@ def _collectives(t: Trace, layout: Layout) -> tuple[Collective, ...]:
     known = specs(t.state.params, layout)
     leaves = [(a, known[path][1], t.types[path]) for path, a in named(t.state.params)]
     cut = [(a, spec, used) for a, spec, used in leaves if "fsdp" in spec]
+    learned = [(a, known[path][1]) for path, a in named(split(t.state.params, t.train_step.trainable)[0])]
+    scattered = [(a, spec) for a, spec in learned if "fsdp" in spec]
     if cut:
         entire = [_local(a, without_fsdp(spec), layout) for a, spec, _ in cut]
         used = [a.dtype if t.parallel == "shard_map" else used for a, _, used in cut]
         gathered = sum(n * u.itemsize // a.dtype.itemsize for n, u, (a, _, _) in zip(entire, used, cut, strict=True))
         found.append(Collective("all-gather", ("fsdp",), "parameters", gathers * len(cut), gathers * gathered))
-        found.append(Collective("reduce-scatter", ("fsdp",), "gradients", reduces * len(cut), reduces * sum(entire)))
+    if scattered:
+        sent = sum(_local(a, without_fsdp(spec), layout) for a, spec in scattered)
+        found.append(Collective("reduce-scatter", ("fsdp",), "gradients", reduces * len(scattered), reduces * sent))
     for axes, group in (
-        (("data", "sequence"), [_local(a, spec, layout) for a, spec, _ in cut]),
-        (("data", "fsdp", "sequence"), [_local(a, spec, layout) for a, spec, _ in leaves if "fsdp" not in spec]),
+        (("data", "sequence"), [_local(a, spec, layout) for a, spec in scattered]),
+        (("data", "fsdp", "sequence"), [_local(a, spec, layout) for a, spec in learned if "fsdp" not in spec]),
     ):
         axes = tuple(axis for axis in axes if getattr(layout, axis) > 1)
         if axes and group:

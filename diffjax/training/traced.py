@@ -18,6 +18,7 @@ from diffjax.training.cuts import Cut, Follower, local_bytes
 from diffjax.training.layouts import Layout
 from diffjax.training.partial import named
 from diffjax.training.state import TrainState, init_state
+from diffjax.training.trainable import split
 
 REMAT = ("remat", "remat2", "checkpoint")
 
@@ -78,10 +79,12 @@ def trace(train_step: Any, params: PyTree, batch: Mapping[str, Any], layout: Lay
     forward, cuts = programs[0].jaxpr, _cuts(known, shares[0], layout)
     follower = Follower({"model": layout.model, "sequence": layout.sequence})
     follower.run(forward, cuts)
-    lean = _gradient(programs, len(known), cuts, follower.sizes)
+    trained = dict(named(split(params, options["trainable"])[0]))
+    chosen = [i for i, (path, _) in enumerate(named(params)) if path in trained]
+    lean = _gradient(programs, chosen, cuts, follower.sizes)
     rich, blocks, kept = lean, _recomputed(forward), lean.kept
     if blocks:  # the backward pass holds what one recomputed block keeps, beside what all keep
-        rich = _gradient([flops.keep_all(p) for p in programs], len(known), cuts, follower.sizes)
+        rich = _gradient([flops.keep_all(p) for p in programs], chosen, cuts, follower.sizes)
         kept += (rich.kept - lean.kept) // blocks
     over_all = lambda work: work[0] + (work[1] - work[0]) * (parts - 1)
     return Trace(
@@ -114,14 +117,18 @@ class _Gradient(NamedTuple):
     work: list[int]
 
 
-def _gradient(programs: list, n: int, cuts: list[Cut], sizes: Any) -> _Gradient:
-    """Trace the gradient with respect to the first `n` inputs of a loss's programs, for one and for two shares."""
+def _gradient(programs: list, chosen: list[int], cuts: list[Cut], sizes: Any) -> _Gradient:
+    """Trace the gradient with respect to the chosen inputs of a loss's programs, for one and for two shares."""
 
     def both(program: Any) -> Any:
         fn = core.jaxpr_as_fun(program)
 
         def run(*args: Any) -> Any:
-            value, backward = jax.vjp(lambda *params: fn(*params, *args[n:])[0], *args[:n])
+            def loss(*params: Any) -> Any:
+                given = dict(zip(chosen, params, strict=True))
+                return fn(*(given.get(i, a) for i, a in enumerate(args)))[0]
+
+            value, backward = jax.vjp(loss, *(args[i] for i in chosen))
             return jax.tree.leaves(backward), backward(jnp.ones_like(value))
 
         return jax.make_jaxpr(run)(
@@ -131,7 +138,7 @@ def _gradient(programs: list, n: int, cuts: list[Cut], sizes: Any) -> _Gradient:
     one, two = map(both, programs)
     outs = Follower(sizes).run(one, cuts)
     kept, copies, seen = 0, 0, {id(v) for v in (*one.invars, *one.constvars)}
-    for v, other, cut in list(zip(one.outvars, two.outvars, outs, strict=True))[:-n]:
+    for v, other, cut in list(zip(one.outvars, two.outvars, outs, strict=True))[: -len(chosen)]:
         if isinstance(v, core.Literal) or id(v) in seen or v.aval.memory_space == jax.memory.Space.Host:
             continue  # constants, what is there anyway, and what the host keeps
         seen.add(id(v))

@@ -116,6 +116,8 @@ def test_model_flops_of_a_step_scale_with_the_batch():
     d = toy.D
     assert one.matmul == 2 * (2 * 8 * d * d)  # forward, and the gradient of w: x needs none
     assert two.matmul == 2 * one.matmul and two.total == pytest.approx(2 * one.total, rel=0.02)
+    frozen = step.make_train_step(toy.model, toy.loss, optax.sgd(0.1), trainable="^b$")
+    assert flops.model_flops(frozen, toy.params(), toy.batch(0, 8)).matmul == 2 * 8 * d * d  # forward alone
 
 
 def test_devices_and_utilisation():

@@ -252,6 +252,17 @@ def test_parts_of_a_batch_share_the_activations_and_reduce_each():
     assert two.flops == pytest.approx(one.flops, rel=0.05)  # means over a part have a division each
 
 
+@pytest.mark.parametrize("layout", [Layout(data=4), Layout(fsdp=3)])
+def test_what_is_frozen_has_no_gradient(layout):
+    whole, part = toy_plan(layout, 12), toy_plan(layout, 12, trainable="^b$")
+    assert part.memory["parameters"] == whole.memory["parameters"]
+    moments = part.memory["optimiser"] - 4  # beside Adam's count of steps
+    assert part.memory["gradients"] == moments / 2 == 4 * toy.D / layout.fsdp
+    total = lambda made: sum(c.bytes for c in made.collectives if c.what == "gradients")
+    assert total(part) == 4 * toy.D and total(whole) == 4 * whole.parameters
+    assert whole.flops - part.flops >= 2 * 12 * toy.D**2  # of the gradient of w
+
+
 def test_one_device_sends_nothing():
     made = toy_plan(Layout())
     assert made.collectives == () and made.fits is None
