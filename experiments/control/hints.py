@@ -1,7 +1,8 @@
 """Conditions made from pictures, for the recipes of this family: what is drawn, at what coarseness, where, and how far from it.
 
-Pictures are [B, H, W, C], about [-1, 1] (the standardised digits reach 1.85); hints are [B, H, W, c] in [0, 1], where zero is nothing, unless said otherwise. All are
-plain JAX functions, so that a recipe makes hints of its samples as of its data, inside `jit`.
+Pictures are [B, H, W, C], about [-1, 1] (the standardised digits reach 1.85); hints are [B, H, W, c] in [0, 1], where zero is
+nothing, unless said otherwise. All are plain JAX functions, so that a recipe makes hints of its samples as of its data, inside
+`jit`.
 """
 
 import jax
