@@ -30,7 +30,7 @@ class ControlNorm:
 
     def init(self, key: Any, site: Site) -> PyTree:
         """`{"copy", "hints": {picture}, "fuse", "norm", "pair": {tap}}`."""
-        own = {name: a for name, a in (site.own or {}).items() if name != BOXES}
+        own = {name: a for name, a in _told(site).items() if name != BOXES}
         if set(own) != set(self.pictures):
             raise ValueError(f"control_norm must see all its pictures {list(self.pictures)} at init; got {sorted(own)}")
         copy = encoder(site.base)
@@ -52,7 +52,7 @@ class ControlNorm:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """y' = y (1 + w gamma) + w beta for the skips and the bottleneck y."""
-        own = dict(site.own or {})
+        own = dict(_told(site))
         boxes = own.pop(BOXES, None)
         unknown = sorted(set(own) - set(self.pictures))
         if unknown:
@@ -191,10 +191,22 @@ def _regions(site: Site, places: int) -> jax.Array:
     return small.reshape(x.shape[0], -1, own.shape[-1])
 
 
+def _told(site: Site) -> dict[str, Any]:
+    """The pictures that are given, none if nothing is.   Raises: ValueError: not a dict."""
+    if site.own is not None and not isinstance(site.own, dict):
+        raise ValueError(
+            f"control_norm reads a dict of pictures under the adapter's name; got {type(site.own).__name__}"
+        )
+    return site.own or {}
+
+
 def _check_boxes(boxes: Any, own: dict[str, Any], x: Any) -> None:
     shape = tuple(getattr(boxes, "shape", ()))
-    if x.ndim != 4 or len(shape) != 3 or shape[0] != x.shape[0] or shape[2] != 4:
-        raise ValueError(f"boxes must be [{x.shape[0]}, objects, 4] beside a state [B, H, W, C]; got {list(shape)}")
+    floats = jnp.issubdtype(getattr(boxes, "dtype", int), jnp.floating)
+    if x.ndim != 4 or len(shape) != 3 or shape[0] != x.shape[0] or shape[2] != 4 or not floats:
+        raise ValueError(
+            f"boxes must be floats [{x.shape[0]}, objects, 4] beside a state [B, H, W, C]; got {list(shape)}"
+        )
     wrong = {name: list(a.shape) for name, a in own.items() if a.shape[:2] != shape[:2]}
     if wrong or not own:
         raise ValueError(

@@ -291,6 +291,11 @@ def test_bad_input():
         init(adapters.skip_tuner(2, conditions=("a", "b")), {"a": PICTURE})
     with pytest.raises(ValueError, match="none of them 'boxes'"):
         adapters.control_norm(("boxes",))
+    with pytest.raises(ValueError, match="reads a dict of pictures"):
+        init(adapters.control_norm(("a", "b")), PICTURE)
+    fn, params, x, t, cond = made("control_norm")
+    with pytest.raises(ValueError, match="boxes must be floats"):
+        fn(params, x, t, {**cond, "it": {"a": PICTURE[:, None], "boxes": np.ones((3, 1, 4), np.int32)}})
     with pytest.raises(ValueError, match="all its pictures"):
         init(adapters.control_norm(("a", "b")), {"a": PICTURE})
     with pytest.raises(ValueError, match="reads masks"):
