@@ -86,6 +86,7 @@ def easy_control(rank: int = 4, *, time: float = 0.0, targets: str = r"(^|/)atte
     computed once for all steps.
     Args: rank: of A and B, for each of q, k and v.   time: the time code at which a picture is clean.   targets: regular
         expression of the attentions, of the network's tokens to each other.
+    Several of them commute; beside `parallel_attention` at one attention the order given to `adapt` matters.
     Raises: ValueError: rank < 1; at init, targets that name none, a picture of another form, one that patches do not tile.
 
     Example:
