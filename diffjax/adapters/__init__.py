@@ -99,7 +99,7 @@ CATALOGUE: dict[str, Card] = {
         grounded_control, "arXiv:2501.09194", "a copy of the encoder reads objects and their boxes"
     ),
     "value_mixing": Card(value_mixing, "arXiv:2412.20800", "A (V + w V') under the attention map A of the network"),
-    "concatenation": Card(concatenation, "arXiv:2407.15886#Sec. 3", "state and reference on one canvas"),
-    "jointnet": Card(jointnet, "arXiv:2310.06347#Sec. 3", "a frozen and a trained branch that add to each other"),
-    "unicon": Card(unicon, "arXiv:2410.11439#Sec. 3", "two branches of one network that attend to each other"),
+    "concatenation": Card(concatenation, "arXiv:2407.15886", "state and reference on one canvas"),
+    "jointnet": Card(jointnet, "arXiv:2310.06347", "a frozen and a trained branch that add to each other"),
+    "unicon": Card(unicon, "arXiv:2410.11439", "two branches of one network that attend to each other"),
 }

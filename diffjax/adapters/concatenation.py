@@ -91,7 +91,7 @@ def concatenation(axis: int = 1, targets: str = r"(^|/)attention/") -> Concatena
         default those of all self-attentions.
     Raises: ValueError: when called, another condition; shapes that differ; an axis that is not one of places.
 
-    Reference: Chong et al. 2025, arXiv:2407.15886, section 3.
+    Reference: Chong et al. 2025, arXiv:2407.15886.
 
     Example:
         >>> import jax

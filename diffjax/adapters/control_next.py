@@ -29,7 +29,7 @@ def cross_normalised(c: Any, h: Any, eps: float = 1e-6) -> jax.Array:
         >>> round(float(y.mean()), 3), round(float(y.std()), 3)
         (2.0, 2.828)
 
-    Reference: Peng et al. 2024, arXiv:2408.06070, section 3 (cross normalisation), as in the released code.
+    Reference: Peng et al. 2024, arXiv:2408.06070 (cross normalisation), as in the released code.
     """
     wide = lambda a: a.astype(at_least_float32(a.dtype))
 

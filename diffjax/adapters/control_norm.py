@@ -108,7 +108,7 @@ def control_norm(pictures: tuple[str, ...], widths: tuple[int, ...] = (16, 32, 9
         >>> control_norm(("edge", "blob"), (8,)).pictures
         ('edge', 'blob')
 
-    Reference: Hu et al. 2023, arXiv:2306.00964, section 3, as in the released code.
+    Reference: Hu et al. 2023, arXiv:2306.00964, as in the released code.
     """
     if not pictures or BOXES in pictures or not widths or min(widths) < 1:
         raise ValueError(
@@ -171,7 +171,7 @@ def region_bias() -> RegionBias:
     network is given and must be in [0, 1], 0 for data.
     Raises: ValueError: at init and later, masks that do not fit, a network without attention to tokens.
 
-    Reference: Hu et al. 2023, arXiv:2306.00964, section 3 (spatial guidance), as in the released code.
+    Reference: Hu et al. 2023, arXiv:2306.00964 (spatial guidance), as in the released code.
     """
     return RegionBias()
 

@@ -79,7 +79,7 @@ def jointnet(targets: str = r"(^|/)block$") -> JointNet:
         released networks exchange what goes from the encoder to the decoder, `^(skip_\d+|bottleneck)$` of a U-Net.
     Raises: ValueError: at init, targets that name no tap.
 
-    Reference: Zhang et al. 2024, arXiv:2310.06347, section 3.
+    Reference: Zhang et al. 2024, arXiv:2310.06347.
 
     Example:
         >>> from diffjax.adapters import adapt
@@ -167,7 +167,7 @@ def unicon(
         expression of the kernels of the branch of y that change.   targets: of the paths of the self-attentions that join.
     Raises: ValueError: a rank < 1; at init, targets or branch that name nothing.
 
-    Reference: Li et al. 2024, arXiv:2410.11439, section 3.
+    Reference: Li et al. 2024, arXiv:2410.11439.
 
     Example:
         >>> unicon(8).joint_rank

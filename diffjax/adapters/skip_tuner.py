@@ -112,7 +112,7 @@ def skip_tuner(
         >>> skip_tuner(4, conditions=("edge",)).rank
         4
 
-    Reference: Jiang et al. 2023, arXiv:2312.11392, section 3 (SC-Tuner and CSC-Tuner).
+    Reference: Jiang et al. 2023, arXiv:2312.11392 (SC-Tuner and CSC-Tuner).
     """
     if rank < 1 or not widths or min(widths) < 1 or len(scales) not in (0, len(conditions)):
         raise ValueError(

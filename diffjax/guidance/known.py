@@ -34,7 +34,7 @@ def known(truth: PyTree, mask: PyTree) -> Known:
     Args: truth: as the state, [B, ...].   mask: bool, or numbers in [0, 1] for a blend: one array, or a pytree prefix of the
         state; each broadcasts against the state from the left.
     Raises: ValueError: at the call, a mask with more axes than the state.
-    Reference: arXiv:2310.06347, section 3 (one modality given the other, by inpainting).
+    Reference: arXiv:2310.06347 (one modality given the other, by inpainting).
 
     Example:
         >>> from diffjax import denoiser, from_x0, processes

@@ -102,7 +102,7 @@ def separate(**laws: Any) -> Separate:
     A model of several parts that was trained so can be asked for any of them given any others.
     Args: laws: name of the part -> law.
     Raises: ValueError: none.
-    Reference: arXiv:2303.06555, section 3.2 (independent times of two modalities).
+    Reference: arXiv:2303.06555 (independent times of two modalities).
 
     Example:
         >>> from diffjax import processes
