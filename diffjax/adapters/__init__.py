@@ -79,7 +79,7 @@ __all__ = [
 
 # name -> card; `build(**fields)` makes the adapter, and a file names it so
 CATALOGUE: dict[str, Card] = {
-    "lora": Card(lora, "arXiv:2106.09685#Eq. 3", "W + w (alpha / r) A B"),
+    "lora": Card(lora, "arXiv:2106.09685#Eq.3", "W + w (alpha / r) A B"),
     "controlnet": Card(controlnet, "arXiv:2302.05543", "a copy of the encoder adds through zero convolutions"),
     "control_transformer": Card(control_transformer, "arXiv:2401.05252", "a copy of the first blocks adds likewise"),
     "control_next": Card(
@@ -89,7 +89,7 @@ CATALOGUE: dict[str, Card] = {
     "control_norm": Card(control_norm, "arXiv:2306.00964", "one copy for any subset of pictures scales and shifts"),
     "region_bias": Card(region_bias, "arXiv:2306.00964", "attention to tokens drawn to regions"),
     "difference": Card(difference, "", "theta + w delta of chosen arrays"),
-    "diversion": Card(diversion, "xie2026divcontrol#Eq. 4", "control_transformer in rank-one parts, some gated"),
+    "diversion": Card(diversion, "xie2026divcontrol#Eq.4", "control_transformer in rank-one parts, some gated"),
     "textual_inversion": Card(textual_inversion, "arXiv:2208.01618", "learned tokens for new words"),
     "label_inversion": Card(label_inversion, "arXiv:2208.01618", "learned rows for new labels"),
     "parallel_attention": Card(parallel_attention, "arXiv:2312.03556", "A V + w A' V' of tokens of its own"),

@@ -85,7 +85,7 @@ class Added:
 
 def run(preset):
     full = preset == "full"
-    steps, n = (1500, 360) if full else (2, 20)
+    steps, n = (4000, 360) if full else (2, 20)
     base = bases.load("text", preset)
     seen, held = bases.digits("train"), jax.tree.map(lambda a: a[:n], bases.digits("test"))
     middle = jnp.stack([jnp.median(ink(seen["x"][seen["label"] == k])) for k in range(10)])
@@ -116,7 +116,7 @@ def run(preset):
         fresh = jax.jit(fn.init)(jax.random.key(0), base.params, noise[:16], jnp.zeros(16), few)
         model = lambda p, fn=fn: base.denoiser(p, fn)
         loss = losses.flow_matching(label_drop=0.0)
-        params = trainer(model, loss, steps, batch=32, rate=4e-3, trainable="^adapters/")(fresh, arrays)
+        params = trainer(model, loss, steps, batch=32, rate=2e-3, trainable="^adapters/")(fresh, arrays)
         samples[name] = draw(model(params).bind(cond), noise)
         map_moved = jnp.abs(read(fn, params, few) - read(base.fn, base.params, plain)).max()
         if name == "vmix":
