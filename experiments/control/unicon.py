@@ -11,7 +11,9 @@ Then the times say what is asked: t_y = 0 for x given y, t_x = 0 for y given x, 
 control by a noised y. Three specialists of the same size and training have one of these tasks each; the one for both has seen
 equal times alone, and fails when it is given a clean part. `*_distance_over_specialist` compares the energy distance of pairs
 (given and drawn) from test pairs, as a root, with that of the specialist. `*_error` is the root mean square difference between
-y and the turned edges of x, over that with pictures in another order.
+y and the turned edges of x, over that with pictures in another order. A distance below that of other real pairs is chance, and
+counts as that. After 1500 batches of 32 digits from edges and both are as claimed; edges from digits, 1.5 times as far as those of
+the specialist, are not yet.
 """
 
 import jax
@@ -53,7 +55,7 @@ def turned(x):
 
 def run(preset):
     full = preset == "full"
-    steps, n, sampling = (600, 240, 10) if full else (2, 4, 2)
+    steps, n, sampling = (1500, 240, 10) if full else (2, 4, 2)
     base = bases.load("dit", preset)
     scanned = networks.from_linen(base.fn.module.clone(scan_layers=True))  # compiled once for all blocks
     base = bases.Base(scanned, networks.stack_blocks(base.params))
@@ -98,7 +100,11 @@ def run(preset):
 
     flat = lambda pair: np.concatenate([np.asarray(pair[k]).reshape(n, -1) for k in "xy"], 1)
     far = metrics.energy(flat(truth))
-    distance = lambda pair: max(metrics.score(far, flat(pair)), 1e-4) ** 0.5
+    others = runs.first(digits, n)["x"]
+    floor = max(
+        metrics.score(far, flat({"x": others, "y": turned(others)})), 1e-4
+    )  # of other real pairs: less is chance
+    distance = lambda pair: max(metrics.score(far, flat(pair)), floor) ** 0.5
     order = jnp.roll(jnp.arange(n), 1)
     apart = lambda pair, order=slice(None): hints.far(turned(pair["x"]), pair["y"][order]).mean()
     error = lambda pair: apart(pair) / apart(truth, order)
