@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import jax
 import jax.numpy as jnp
 
+from diffjax.networks.conditions import FIELDS
 from diffjax.networks.functional import per_item
 from diffjax.networks.taps import apart, per_layer, tapped
 from diffjax.numerics import PyTree
@@ -211,8 +212,6 @@ def adapt(net: Callable[..., Any], **adapters: Any) -> Adapted:
         >>> bool((fn(params, x, t) == net(params["base"], x, t)).all())
         True
     """
-    from diffjax.networks.conditions import FIELDS
-
     if isinstance(net, (jax.stages.Wrapped, Adapted)) or not callable(net):
         got = "a jitted function" if isinstance(net, jax.stages.Wrapped) else type(net).__name__
         raise ValueError(
@@ -283,9 +282,9 @@ def _layered(f: Any) -> Callable[[Any, Any], Any]:
 
 def _outside(f: Any, g: Any) -> Any:
     """g around f around a module; two of a type that has `joined` are one."""
-    inner, outer = (h.f if isinstance(h, per_layer) else h for h in (f, g))
-    if type(inner) is type(outer) and hasattr(inner, "joined"):
-        both = inner.joined(outer)
+    first, second = (h.f if isinstance(h, per_layer) else h for h in (f, g))
+    if type(first) is type(second) and hasattr(first, "joined"):
+        both = first.joined(second)
         return per_layer(both) if isinstance(f, per_layer) else both
     if isinstance(f, per_layer) or isinstance(g, per_layer):
         a, b = (h.f if isinstance(h, per_layer) else lambda layer, *args, h=h, **kw: h(*args, **kw) for h in (f, g))
