@@ -11,11 +11,12 @@ from diffjax import references
 from diffjax.references import PAPERS, catalogues, cite
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))  # `experiments` is not installed with the package
-from experiments.benchmarks import choose  # noqa: E402
+from experiments.benchmarks import choose, digits  # noqa: E402
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 TABLE = re.compile(r"(<!-- methods -->\n)(.*)(<!-- end of methods -->)", re.DOTALL)
 SOLVERS = re.compile(r"(<!-- solvers -->\n)(.*)(<!-- end of solvers -->)", re.DOTALL)
+DIGITS = re.compile(r"(<!-- digits -->\n)(.*)(<!-- end of digits -->)", re.DOTALL)
 
 
 def test_method_table_is_generated():
@@ -26,6 +27,11 @@ def test_method_table_is_generated():
 def test_solver_page_shows_what_was_measured():
     block = SOLVERS.search(README.read_text())
     assert block and block[2] == choose.markdown(), "run `python tests/test_readme.py`"
+
+
+def test_the_main_job_s_scores_are_those_recorded():
+    block = DIGITS.search(README.read_text())
+    assert block and block[2] == digits.markdown(), "run `python tests/test_readme.py`"
 
 
 def test_quickstart_runs():
@@ -67,5 +73,7 @@ def test_cite():
 
 
 if __name__ == "__main__":
-    page = TABLE.sub(lambda m: m[1] + references.markdown() + m[3], README.read_text())
-    README.write_text(SOLVERS.sub(lambda m: m[1] + choose.markdown() + m[3], page))
+    page = README.read_text()
+    for block, table in ((TABLE, references.markdown), (SOLVERS, choose.markdown), (DIGITS, digits.markdown)):
+        page = block.sub(lambda m, table=table: m[1] + table() + m[3], page)
+    README.write_text(page)
