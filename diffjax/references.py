@@ -160,6 +160,11 @@ PAPERS: dict[str, Paper] = {
                               "Decentralized Diffusion Models"),
     "arXiv:2510.03434": Paper("Jiang, Zhiying and Seraj, Raihan and Villagra, Marcos and Roy, Bidhan", 2025,
                               "Paris: A Decentralized Trained Open-Weight Diffusion Model"),
+    "arXiv:2204.07143": Paper("Hassani, Ali and Walton, Steven and Li, Jiachen and Li, Shen and Shi, Humphrey", 2022,
+                              "Neighborhood Attention Transformer"),
+    "arXiv:2401.11605": Paper("Crowson, Katherine and Baumann, Stefan Andreas and Birch, Alex and Abraham, Tanishq Mathew and Kaplan, "
+                              "Daniel Z. and Shippole, Enrico", 2024,
+                              "Scalable High-Resolution Pixel-Space Image Synthesis with Hourglass Diffusion Transformers"),
     "arXiv:2209.12152": Paper("Bao, Fan and Nie, Shen and Xue, Kaiwen and Cao, Yue and Li, Chongxuan and Su, Hang and Zhu, Jun", 2023,
                               "All are Worth Words: A ViT Backbone for Diffusion Models"),
     "arXiv:2407.11633": Paper("Fei, Zhengcong and Fan, Mingyuan and Yu, Changqian and Li, Debang and Huang, Junshi", 2024,

@@ -43,6 +43,7 @@ from diffjax.networks.feed_forward import SparseMLP, capacity, dense, ragged, sp
 from diffjax.networks.freeu import freeu
 from diffjax.networks.frozen import FeatureAutoencoder, ResidualAutoencoder, feature_autoencoder, match_scale, scale_of
 from diffjax.networks.functional import FromLinen, FromNNX, from_linen, from_nnx, zeros
+from diffjax.networks.hdit import CentredRope, HDiT, Level, Mapping
 from diffjax.networks.implicit import Implicit, ImplicitAutoencoder, cell_centres, interpolate, interpolate_planes
 from diffjax.networks.layer_pooling import LayerPooling
 from diffjax.networks.layers import stack_blocks, unstack_blocks
@@ -62,6 +63,7 @@ from diffjax.networks.mamba import Mamba, selective_chunked, selective_scan
 from diffjax.networks.masked_dit import MaskedDiT
 from diffjax.networks.mlp import MLP
 from diffjax.networks.mmdit import MMDiT
+from diffjax.networks.neighborhood import Neighborhood
 from diffjax.networks.offset import offset_by_image
 from diffjax.networks.partition import constrain
 from diffjax.networks.positions import Learned, Rope, Sincos, rotate
@@ -82,6 +84,11 @@ from diffjax.networks.wavelets import WaveletDown, WaveletUp, haar, inverse_haar
 from diffjax.types import Card
 
 __all__ = [
+    "Neighborhood",
+    "Mapping",
+    "Level",
+    "HDiT",
+    "CentredRope",
     "AUTOENCODERS",
     "AUTOENCODER_PRESETS",
     "Adaptive",
@@ -227,6 +234,9 @@ CATALOGUE: dict[str, Card] = {
     "edm2": Card(EDM2UNet, paper="arXiv:2312.02696#fig21", summary="magnitude-preserving U-Net", flags=("image",)),
     "edm2_mlp": Card(EDM2MLP, paper="arXiv:2312.02696", summary="magnitude-preserving MLP", flags=("vector",)),
     "uvit": Card(UViT, paper="arXiv:2209.12152#3", summary="all inputs as tokens, long skips", flags=("image",)),
+    "hdit": Card(
+        HDiT, paper="arXiv:2401.11605#4", summary="hourglass of transformers with neighbourhoods", flags=("image",)
+    ),
     "mmdit": Card(MMDiT, paper="arXiv:2403.03206#4", summary="two streams, one joint attention", flags=("image",)),
     "dimr": Card(
         DiMR, paper="arXiv:2406.09416", summary="branches of rising resolution, time in norms", flags=("image",)

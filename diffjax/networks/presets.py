@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from diffjax.networks import autoencoders, dimr, dit, edm2, masked_dit, mmdit, task_routing, unet_presets, uvit
+from diffjax.networks import autoencoders, dimr, dit, edm2, hdit, masked_dit, mmdit, task_routing, unet_presets, uvit
 
 # name -> (network, fields); each family keeps its own beside its network, with the source of the sizes
 PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -16,6 +16,7 @@ PRESETS: dict[str, tuple[Any, dict[str, Any]]] = {
     **unet_presets.PRESETS,
     **mmdit.PRESETS,
     **uvit.PRESETS,
+    **hdit.PRESETS,
     **task_routing.PRESETS,
     **dimr.PRESETS,
     **masked_dit.PRESETS,

@@ -51,6 +51,18 @@ NETS = {
         nw.UViT(width=8, depth=3, heads=2, expand=2, token_length=6, positions=nw.Learned(2, 3), **FIELDS),
         (4, 6, 2),
     ),
+    "hdit": (
+        nw.HDiT(
+            levels=(nw.Level(16, 1, nw.Neighborhood(3)), nw.Level(32, 1)),
+            mapping=nw.Mapping(8, 1),
+            head=8,
+            patch=1,
+            num_classes=3,
+            vector_size=2,
+            image_channels=1,
+        ),
+        (4, 6, 2),
+    ),
     "mmdit": (
         nw.MMDiT(
             width=8,

@@ -106,7 +106,7 @@ UVIT = {
 
 def shapes(name, shape, **fields):
     net = nw.preset(name, **fields)
-    sizes = {"tokens": (1, 77, net.token_size), "vector": (1, net.vector_size)}
+    sizes = {"tokens": (1, 77, getattr(net, "token_size", 0)), "vector": (1, net.vector_size)}
     cond = {k: jnp.zeros(s) for k, s in sizes.items() if s[-1]}
     cond |= {"label": jnp.zeros(1, jnp.int32)} if net.num_classes else {}
     args = jnp.zeros((1, *shape)), jnp.zeros(1), cond
@@ -118,6 +118,32 @@ def test_uvit_parameters_are_those_published(name):
     millions, shape, num_classes, token_size = UVIT[name]
     _, params, _ = shapes(name, shape, num_classes=num_classes, token_size=token_size)
     assert round(nw.parameter_count(params) / 1e6) == millions
+
+
+# Millions of parameters and billions of multiply-adds of a forward pass: arXiv:2401.11605, Tables 7 and 8.
+HDIT = {
+    "hdit-s/16": (116, 29),
+    "hdit-m/16": (267, 68),
+    "hdit-l/16": (507, 129),
+    "hdit-s/8": (134, 44),
+    "hdit-m/8": (294, 91),
+    "hdit-l/8": (547, 163),
+    "hdit-s/4": (139, 60),
+    "hdit-m/4": (302, 115),
+    "hdit-l/4": (557, 198),
+    "hdit-ffhq-1024": (85, 206),
+}
+
+
+@pytest.mark.parametrize("name", list(HDIT))
+def test_hdit_parameters_and_operations_are_those_published(name):
+    millions, operations = HDIT[name]
+    side, num_classes = (1024, 0) if "ffhq" in name else (256, 1000)
+    net, params, args = shapes(name, (side, side, 3), num_classes=num_classes)
+    assert round(nw.parameter_count(params) / 1e6) == millions
+    counted = flops.count(net.apply, {"params": params}, *args).matmul / 2e9
+    # a tile of queries is multiplied with the keys of all its windows, 14 x 14 where a window has 7 x 7
+    assert operations - 0.5 < counted < operations * 1.09
 
 
 def test_uvit_s_2_to_the_last_parameter_and_operation():
