@@ -35,6 +35,25 @@ def fan_in_uniform(fan_in: int | None = None, gain: float = 1.0) -> Initializer:
     return init
 
 
+def product(x: Any, kernel: Any, dimensions: Any = None, **options: Any) -> jax.Array:
+    """The product of a dense layer, as one of two matrices.   x W
+
+    Merging the axes before the last changes no number, but the gradient of the kernel: XLA on a CPU sums over one axis 1.4
+    to 5 times faster than over several, because for those it copies the gradient of y transposed. Where axes are cut over
+    devices they stay as they are, since two cuts cannot be merged.
+    Args: x: [..., c].   kernel: [c, d].   dimensions, options: what `nn.Dense` gives to its `dot_general`.
+    Returns: [..., d].
+
+    Example:
+        >>> product(jnp.ones((2, 3, 4)), jnp.ones((4, 5))).shape
+        (2, 3, 5)
+    """
+    if any(n > 1 for n in jax.sharding.get_abstract_mesh().shape.values()):
+        return lax.dot_general(x, kernel, (((x.ndim - 1,), (0,)), ((), ())), **options)
+    y = lax.dot_general(x.reshape(-1, x.shape[-1]), kernel, (((1,), (0,)), ((), ())), **options)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+
 def Dense(  # noqa: N802
     features: int,
     *,
@@ -46,7 +65,7 @@ def Dense(  # noqa: N802
 ) -> nn.Dense:
     """`nn.Dense` with this library's initialiser, or another; `zero` starts it at zero.   y = x W + b"""
     init = nn.initializers.zeros if zero else init or fan_in_uniform()
-    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, name=name)
+    return nn.Dense(features, use_bias=bias, dtype=dtype, kernel_init=init, dot_general=product, name=name)
 
 
 # ---------------------------------------------------------------------------------------------------- norms and FiLM

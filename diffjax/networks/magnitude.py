@@ -21,7 +21,7 @@ from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.conditions import Condition
 from diffjax.networks.convolution import choose_form
 from diffjax.networks.embeddings import rows_of
-from diffjax.networks.layers import at_least_float32, fan_in_uniform
+from diffjax.networks.layers import at_least_float32, fan_in_uniform, product
 from diffjax.networks.taps import Tap
 from diffjax.numerics import safe_sqrt
 
@@ -130,7 +130,7 @@ class MPDense(nn.Module):
     def __call__(self, x: Any) -> jax.Array:
         """Apply the layer."""
         kernel = self.param("kernel", fan_in_uniform(fan_in=1), (x.shape[-1], self.features), jnp.float32)
-        return Tap(name="out")(x.astype(self.dtype) @ _directions(kernel, self.eps).astype(self.dtype))
+        return Tap(name="out")(product(x.astype(self.dtype), _directions(kernel, self.eps).astype(self.dtype)))
 
 
 class MPConv(nn.Module):
