@@ -16,7 +16,7 @@ from diffjax.cli import build, config, console, evaluate
 from diffjax.cli import run as runs
 from diffjax.training import snapshots
 from diffjax.training.ema import std_to_exp
-from diffjax.training.weights import SUFFIX
+from diffjax.training.tensors import SUFFIX
 
 POOR = 0.1  # residual of the fit above which the profile is not the one asked for
 

@@ -33,7 +33,7 @@ from diffjax.cli import build, config, latents
 from diffjax.cli import model as models
 from diffjax.data import DataTransform
 from diffjax.training import CheckpointStore, ema, partial
-from diffjax.training.weights import SUFFIX
+from diffjax.training.tensors import SUFFIX
 from diffjax.types import Denoiser
 
 FORMAT = 2  # 1: the columns of q, k and v were not sorted by head

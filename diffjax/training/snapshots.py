@@ -19,7 +19,8 @@ from diffjax.training.loop import Hook
 from diffjax.training.manifest import CheckpointError
 from diffjax.training.partial import named, nested
 from diffjax.training.state import TrainState
-from diffjax.training.weights import SUFFIX, WeightsFile, export_safetensors
+from diffjax.training.tensors import SUFFIX
+from diffjax.training.weights import WeightsFile, export_safetensors
 
 DTYPES = ("float32", "bfloat16", "float16")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import pathlib
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -14,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.numerics import PyTree
-from diffjax.training import hosts, partial
+from diffjax.training import hosts, partial, tensors
 from diffjax.training.manifest import CheckpointError, first_line
 
 FORMAT = 1  # of the metadata
-SUFFIX = ".safetensors"
 
 
 class Weights(NamedTuple):
@@ -72,21 +70,8 @@ def export_safetensors(
 
 
 def _write(path: pathlib.Path, arrays: Mapping[str, np.ndarray], text: dict[str, str]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.numpy import save_file
-
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        save_file(arrays, temporary, text | {"sha256": _digest(arrays.items(), text)})
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException as error:
-        temporary.unlink(missing_ok=True)
-        if isinstance(error, SafetensorError):  # of the file system: it knows no other
-            raise OSError(f"{path} could not be written: {first_line(error)}") from None
-        raise
+    tensors.write(path, arrays, text | {"sha256": _digest(arrays.items(), text)})
 
 
 class WeightsFile:
@@ -99,17 +84,19 @@ class WeightsFile:
     """
 
     def __init__(self, path: Any, *, verify: bool = True) -> None:
-        from safetensors import SafetensorError, safe_open
-
         self.path = pathlib.Path(path)
         if not self.path.is_file():
             raise CheckpointError(f"there is no file {self.path}")
         try:
-            self._file = safe_open(self.path, framework="np")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{self.path} is no safetensors file, or damaged: {first_line(error)}") from None
-        self.metadata: dict[str, str] = dict(self._file.metadata() or {})
-        self.shapes = {name: tuple(self._file.get_slice(name).get_shape()) for name in sorted(self._file.keys())}
+            entries, metadata = tensors.read_header(self.path)
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {first_line(error)}") from None
+        except CheckpointError as error:
+            why = str(error).removeprefix(f"{self.path} ")
+            raise CheckpointError(f"{self.path} is no safetensors file, or damaged: it {why}") from None
+        self._arrays = tensors.Tensors(dict(sorted(entries.items())), metadata, str(self.path))
+        self.metadata: dict[str, str] = dict(metadata)
+        self.shapes = self._arrays.shapes
         self.ours = self.metadata.get("library") == "diffjax"
         if self.ours:
             digest = self.metadata.pop("sha256", None)
@@ -122,10 +109,14 @@ class WeightsFile:
                 )
 
     def read(self, name: str, index: Any = ...) -> np.ndarray:
-        """One array, or the part of it at `index`, a tuple of slices."""
-        if index is ... or 0 in self.shapes[name]:
-            return self._file.get_tensor(name)[index]
-        return self._file.get_slice(name)[index]
+        """A copy of one array, or of the part of it at `index`, a tuple of slices."""
+        return np.array(self._arrays[name][index], order="C")
+
+    def outline(self) -> dict[str, str]:
+        """`name -> "dtype[shape]"` of every array, see `partial.outline`; reads nothing."""
+        return partial.outline(
+            {name: jax.ShapeDtypeStruct(e.shape, e.dtype) for name, e in self._arrays.entries.items()}
+        )
 
 
 def load_safetensors(
@@ -143,15 +134,14 @@ def load_safetensors(
         CheckpointError: no such file, damaged, of a newer version, or arrays that do not fit the template.
     """
     file = WeightsFile(path)
-    arrays = {name: file.read(name) for name in file.shapes}
     if template is None:
-        return Weights(arrays, file.metadata, (), ())
-    match = partial.match(partial.outline(arrays), template, renames=renames, strict=strict, source=str(path))
+        return Weights({name: file.read(name) for name in file.shapes}, file.metadata, (), ())
+    match = partial.match(file.outline(), template, renames=renames, strict=strict, source=str(path))
 
     def leaf(name: str, target: Any) -> Any:
         if name not in match.found:
             return target
-        a = _cast(arrays[match.found[name]], target.dtype)
+        a = _cast(file.read(match.found[name]), target.dtype)
         sharding = getattr(target, "sharding", None)
         if sharding is None:
             return a

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 import diffjax
 from diffjax.cli import config
 from diffjax.cli import run as runs
-from diffjax.training import CheckpointError, export_safetensors, load_safetensors, weights
+from diffjax.training import CheckpointError, export_safetensors, load_safetensors, tensors, weights
 from diffjax.training.partial import named
 
 
@@ -134,7 +134,7 @@ def test_damage_is_noticed_and_nothing_half_written(tmp_path, params, monkeypatc
     path.write_bytes(good)
     with monkeypatch.context() as patch:
         patch.setattr(
-            weights.os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+            tensors.os, "replace", lambda *names: (_ for _ in ()).throw(OSError(28, "No space left on device"))
         )
         with pytest.raises(OSError, match="No space left"):
             export_safetensors({"w": np.ones(1)}, path)
