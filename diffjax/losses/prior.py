@@ -45,7 +45,7 @@ def prior_preservation(loss: Any, x: PyTree, cond: Cond = None, weight: Scalar =
         class that the new subject belongs to.   cond: for which they were drawn, batched [N], or None; of the structure
         that the batch's has.   weight: w >= 0.
     Returns: a loss of the same form.
-    Raises: ValueError: no samples, a condition of another number of items.
+    Raises: ValueError: no samples, a condition of another number of items, a concrete weight that is negative or not finite.
 
     Example:
         >>> from diffjax import losses, processes, testing
@@ -58,6 +58,8 @@ def prior_preservation(loss: Any, x: PyTree, cond: Cond = None, weight: Scalar =
 
     Reference: Ruiz et al. 2023, arXiv:2208.12242, section 3.3.
     """
+    if not isinstance(weight, jax.core.Tracer) and not (np.isfinite(weight) and weight >= 0):
+        raise ValueError(f"weight must be a finite number >= 0, 0 for the loss on new data alone; got {weight!r}")
     n = nu.batch_size(x)
     wrong = sorted({np.shape(a)[:1] for a in jax.tree.leaves(cond)} - {(n,)})
     if wrong:

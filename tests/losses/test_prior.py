@@ -52,3 +52,15 @@ def test_bad_input():
         losses.prior_preservation(squared, X, jnp.zeros(5))
     with pytest.raises(ValueError, match="batch is empty"):
         losses.prior_preservation(squared, X[:0])
+    for weight in (-0.5, jnp.float32(-1e-3), np.inf, np.nan):
+        with pytest.raises(
+            ValueError, match="weight must be a finite number >= 0, 0 for the loss on new data alone; got"
+        ):
+            losses.prior_preservation(squared, X, weight=weight)
+
+
+def test_the_weight_may_be_zero_or_traced():
+    value, aux = losses.prior_preservation(squared, X, weight=0)(jax.random.key(0), ORACLE, X)
+    np.testing.assert_array_equal(value, aux["subject"])
+    total = lambda w: losses.prior_preservation(squared, X, weight=w)(jax.random.key(0), ORACLE, X)[0].sum()
+    np.testing.assert_allclose(jax.grad(total)(1.5), aux["prior"].sum(), rtol=1e-6)
