@@ -103,33 +103,37 @@ class UniCon:
     targets: str
 
     def init(self, key: Any, site: Site) -> PyTree:
-        """`{"branch": of LoRA, "joint": of LoRA, "post": {attention: {"kernel"} from zero}}`."""
+        """`{"branch": of LoRA, "to_x", "to_y": {"joint": of LoRA, "post": {attention: {"kernel"} from zero}}}`."""
         site = _alone(site)
-        one, two = jax.random.split(key)
+        keys = jax.random.split(key, 3)
         width = {path: dict(named(site.base))[f"{path}/out/kernel"] for path in self.places(site.base)}
         post = {f"{path}/kernel": jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-1])) for path, a in width.items()}
-        return {
-            "branch": self._branch().init(one, site),
-            "joint": self._joint(site).init(two, site),
-            "post": nested(post),
+        joint = {
+            f"to_{to}": {"joint": self._joint(site).init(k, site), "post": nested(post)}
+            for to, k in zip(PARTS, keys[1:], strict=True)
         }
+        return {"branch": self._branch().init(keys[0], site), **joint}
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """The second branch, and the attention of each to the other."""
         pair = _Pair(site)
         branch = added(site.base, self._branch().delta(params["branch"], site, None))
-        joint = dict(named(added(site.base, self._joint(site).delta(params["joint"], site, None))))
-        post = dict(named(params["post"]))
+        delta = self._joint(site).delta
+        joint = {to: dict(named(added(site.base, delta(params[f"to_{to}"]["joint"], site, None)))) for to in PARTS}
+        post = {to: dict(named(params[f"to_{to}"]["post"])) for to in PARTS}
 
         def attend(path: str) -> Any:
-            own = {name.removeprefix(f"{path}/"): a for name, a in joint.items() if name.startswith(f"{path}/")}
+            own = {to: _below(path, joint[to]) for to in PARTS}
 
             def f(layer: Any, call: Call, h: Any, *args: Any, **kwargs: Any) -> Any:
-                here = {name: _of_layer(a, layer) for name, a in own.items()}
-                f = call.using(_across(here, call.module))
-                kernel = _of_layer(post[f"{path}/kernel"], layer).astype(h.dtype)
-                to_x, to_y = (strength(f(to, of, *args, **kwargs) @ kernel, weight) for to, of in pair.both(h))
-                return pair.add(call(h, *args, **kwargs), to_x, to_y)
+                def received(to: str, h: Any, of: Any) -> Any:
+                    here = {name: _of_layer(a, layer) for name, a in own[to].items()}
+                    kernel = _of_layer(post[to][f"{path}/kernel"], layer).astype(h.dtype)
+                    read = call.using(_across(here, call.module))(h, of, *args, **kwargs)
+                    return strength(read @ kernel, weight)
+
+                x, y = pair.cut(h)
+                return pair.add(call(h, *args, **kwargs), received("x", x, y), received("y", y, x))
 
             return per_layer(f) if stacked(path) else lambda call, *args, **kwargs: f(None, call, *args, **kwargs)
 
@@ -156,10 +160,11 @@ class UniCon:
 def unicon(
     rank: int = 4, *, joint_rank: int | None = None, branch: str = r"/kernel$|^kernel$", targets: str = "attention"
 ) -> UniCon:
-    """Two branches of one network that attend to each other.   h_x += w Z A(h_x, h_y),  h_y += w Z A(h_y, h_x)
+    """Two branches of one network that attend to each other.   h_x += w Z_x A_x(h_x, h_y),  h_y += w Z_y A_y(h_y, h_x)
 
     A is the network's own self-attention with low-rank additions, with queries from one branch, keys and values from the
-    other; Z is a linear map from zero, one for each attention. The branch of y has low-rank additions of its own. The times
+    other; Z is a linear map from zero. Each direction has its own, so that x may look elsewhere in y than y in x; so has
+    each attention. The branch of y has low-rank additions of its own. The times
     of x and y are drawn apart in training (`times.laws.separate`), so that one model samples either given the other, both,
     or one with the other at any time between (see the module). Several such adapters, each with a y of its own, add what x
     receives from each, with their weights.
@@ -240,11 +245,6 @@ class _Pair:
         """The two branches of an array."""
         return h[: self.n], h[self.at : self.at + self.n]
 
-    def both(self, h: Any) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
-        """Each branch, and the other."""
-        x, y = self.cut(h)
-        return (x, y), (y, x)
-
     def add(self, h: Any, to_x: Any, to_y: Any) -> Any:
         """An array with something added to each branch."""
         n, at = self.n, self.at
@@ -302,6 +302,11 @@ def _across(params: dict[str, Any], module: Any) -> PyTree:
         cut[f"q_in{kind}"] = each[..., :1, :].reshape(*a.shape[:-1], -1)
         cut[f"kv{kind}"] = each[..., 1:, :].reshape(*a.shape[:-1], -1)
     return nested({**params, **cut})
+
+
+def _below(path: str, flat: dict[str, Any]) -> dict[str, Any]:
+    """The arrays of the module at a path, by their paths in it."""
+    return {name.removeprefix(f"{path}/"): a for name, a in flat.items() if name.startswith(f"{path}/")}
 
 
 def _of_layer(a: Any, layer: Any) -> Any:

@@ -63,14 +63,15 @@ def test_jointnet_adds_a_linear_map_of_the_other_branch_at_the_taps():
 
 
 def test_unicon_is_the_networks_attention_to_the_other_branch():
-    """With no change but one in `post`, x receives softmax(q_x k_y) v_y of the same projections."""
+    """With no change but one in `post`, x receives softmax(q_x k_y) v_y of the same projections; y has its own way."""
     net, base, x, t, cond = network("dit")
     at = "block_0/attention"
     fn = adapters.adapt(net, pair=adapters.unicon(1, targets=f"^{at}$"))
     y = np.ascontiguousarray(x[:, ::-1])
     params = jax.jit(fn.init)(jax.random.key(0), base, x, t, cond)
     z = np.random.default_rng(3).normal(size=(8, 8)).astype(np.float32)
-    params["adapters"]["pair"]["post"] = {"block_0": {"attention": {"kernel": z}}}
+    other = moved({"adapters": params["adapters"]["pair"]["to_y"]})["adapters"]
+    params["adapters"]["pair"]["to_x"]["post"] = {"block_0": {"attention": {"kernel": z}}}
     names = [f"{at}/{kind}" for kind in "qkv"]
     taps = {n: diffjax.networks.tapped(net, read=names)(base, a, t, cond)[1] for n, a in (("x", x), ("y", y))}
     q, k, v = (np.asarray(taps[part][n], np.float64) for part, n in zip("xyy", names, strict=True))
@@ -80,8 +81,14 @@ def test_unicon_is_the_networks_attention_to_the_other_branch():
     extra = (mixed @ np.asarray(base["block_0"]["attention"]["out"]["kernel"]) @ z).astype(np.float32)
     around = {at: lambda call, h, **kwargs: call(h, **kwargs) + extra}
     want = diffjax.networks.tapped(net, around=around)(base, x, t, cond)
-    got = jax.jit(fn)(params, x, t, {**cond, "pair": {"y": y, "t": t}})
-    np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-4)
+    run = jax.jit(fn)
+    got = run(params, {"x": x, "y": y}, t, cond)
+    np.testing.assert_allclose(got["x"], want, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(got["y"], net(base, y, t, cond), rtol=1e-4, atol=1e-4)
+    params["adapters"]["pair"]["to_y"] = other
+    both = run(params, {"x": x, "y": y}, t, cond)
+    np.testing.assert_array_equal(both["x"], got["x"])
+    assert np.abs(both["y"] - got["y"]).max() > 1e-3
 
 
 def test_several_pairs_commute_and_one_of_weight_zero_is_not_there():
