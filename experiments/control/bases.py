@@ -2,8 +2,8 @@
 
 They are flows on the 8 x 8 digits, or on 16 x 16 crops of photographs, and lie beside this file (`weights/NAME.safetensors`), so
 that a recipe trains what it is about, and nothing else. The conditions: `unet`, `dit` a label (10: none); `text` a caption
-of three tokens, see `caption`; `photo` none; `inpaint` a caption, and a picture
-with a hole (`hints.erased`); `scenes` none, see there.
+of three tokens, see `caption`; `lights` a caption, of digits half of which are dark, see there; `photo` none; `inpaint` a
+caption, and a picture with a hole (`hints.erased`); `scenes` none, see there.
 """
 
 import pathlib
@@ -24,10 +24,13 @@ PROCESS = processes.rectified()
 FOLDER = pathlib.Path(__file__).parent / "weights"
 WORDS = ("nothing", "zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "a", "digit", "of")
 TOKENS = 16  # size of a token
+BLACK = -0.8122831  # of the digits, the lowest of their numbers
+TEXT = networks.UNet(widths=(16, 32), blocks=1, attention=(0, 1), token_size=TOKENS)
 NETS = {  # network, steps, learning rate
     "unet": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,), num_classes=10), 5000, 2e-3),
     "dit": (networks.DiT(width=64, depth=4, heads=4, patch=2, num_classes=10), 5000, 1e-3),
-    "text": (networks.UNet(widths=(16, 32), blocks=1, attention=(0, 1), token_size=TOKENS), 5000, 2e-3),
+    "text": (TEXT, 5000, 2e-3),
+    "lights": (TEXT, 5000, 2e-3),
     "photo": (networks.UNet(widths=(16, 32), blocks=1, attention=(1,)), 2000, 2e-3),
     "inpaint": (
         networks.UNet(widths=(16, 32), blocks=1, attention=(1,), token_size=TOKENS, image_channels=2),
@@ -69,6 +72,25 @@ def digits(split):
     return {k: jnp.asarray(v) for k, v in data.load("digits").read(split).items() if k != "index"}
 
 
+def numpy_digits(split):
+    """`digits` as NumPy arrays, to choose from by masks."""
+    return {k: np.asarray(a) for k, a in digits(split).items()}
+
+
+def lit(x, by):
+    """The digits with the light that falls on them changed.   [B, 8, 8, 1], [B] -> [B, 8, 8, 1]; 1: as they are"""
+    return BLACK + (x - BLACK) * jnp.asarray(by)[:, None, None, None]
+
+
+def lights(split):
+    """The digits of a split dark, at half their light, then once more as they are.   {"x", "label", "bright": [2 N] bool}"""
+    once = digits(split)
+    n = len(once["x"])
+    twice = {name: jnp.concatenate([a, a]) for name, a in once.items()}
+    bright = jnp.arange(2 * n) >= n
+    return {**twice, "x": lit(twice["x"], jnp.where(bright, 1.0, 0.5)), "bright": bright}
+
+
 def holes(key, n):
     """One in rectangles of sides 4 to 8 in the 8 x 8 digits.   [n, 8, 8, 1]"""
     size, place = jax.random.split(key)
@@ -105,6 +127,7 @@ def load(name, preset="full"):
         "photo": None,
         "scenes": None,
         "text": caption(label),
+        "lights": caption(label),
         "inpaint": {**caption(label), "image": jnp.zeros((1, 8, 8, 2))},
     }.get(name, {"label": label})
     if preset == "tiny":
@@ -125,15 +148,19 @@ def train(name):
     net, steps, rate = NETS[name]
     if name == "scenes":
         arrays = {"x": scenes(jax.random.key(1), 20000)["x"]}
+    elif name == "lights":
+        arrays = {k: a for k, a in lights("train").items() if k != "bright"}
     else:
         arrays = photos("train") if name == "photo" else digits("train")
     loss = losses.flow_matching(label_drop={"photo": 0.0, "scenes": 0.0, "inpaint": 0.5}.get(name, 0.1))
     silent = jax.tree.map(lambda a: a[0], caption(jnp.array([10])))
-    null = {"photo": None, "scenes": None, "text": silent, "inpaint": silent}.get(name, {"label": np.int32(10)})
+    null = {"photo": None, "scenes": None, "text": silent, "lights": silent, "inpaint": silent}.get(
+        name, {"label": np.int32(10)}
+    )
     if name == "inpaint":
         arrays = jax.tree.map(lambda a: jnp.tile(a, (16,) + (1,) * (a.ndim - 1)), arrays)
         arrays |= {"image": hints.erased(arrays["x"], holes(jax.random.key(1), len(arrays["x"])))}
-    if name in ("text", "inpaint"):
+    if name in ("text", "lights", "inpaint"):
         arrays = {**{k: a for k, a in arrays.items() if k != "label"}, **caption(arrays["label"])}
     condition = lambda batch: {k: v for k, v in batch.items() if k != "x"} or None
     fn = networks.from_linen(net)
