@@ -156,11 +156,13 @@ def _train(argv: list[str]) -> int:
 
 def _options(command: str, argv: list[str], default: Any) -> Any:
     """The options of a run over a preset, without its numbers for another network, process or law."""
-    from diffjax.cli import config
+    from diffjax.cli import config, model
 
     given = _parse(config.Train, command, argv, default=default)
     own = config.defaults(given, default)
-    return given if own == default else _parse(config.Train, command, argv, default=own)
+    given = given if own == default else _parse(config.Train, command, argv, default=own)
+    model.check_given(given.model, own.model)
+    return given
 
 
 def _profile(argv: list[str]) -> list[str]:

@@ -71,6 +71,23 @@ def parse(cls: Any, name: str, text: str) -> tuple[str, Any]:
     return field, made
 
 
+def check_given(model: Model, default: Model) -> None:
+    """Refuse options that were given and that the network does not read; what a preset or an older run holds is left.
+
+    Args: default: what the options were read over.   Raises: ValueError: naming the options and what the network reads.
+    """
+    reads = set(SMALL.get(model.network, OPTIONS))  # what other networks do not have, `fields` refuses
+    given = [k for k in OPTIONS if getattr(model, k) not in (None, getattr(default, k))]
+    if extra := [f"--model.{k}" for k in given if k not in reads]:
+        cls, _ = named(model.network)
+        others = [k for k in kinds(cls) if k not in (*OWN, *OPTIONS, "widths")]
+        raise ValueError(
+            f"network {model.network!r} does not read {', '.join(extra)}; it reads "
+            f"{', '.join(f'--model.{k}' for k in OPTIONS if k in reads)}, and by --model.options FIELD=VALUE "
+            f"{', '.join(others)}. Leave {'it' if len(extra) == 1 else 'them'} out"
+        )
+
+
 def fields(model: Model) -> dict[str, Any]:
     """The fields by which a configured network differs from the defaults of its class.
 

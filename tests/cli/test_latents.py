@@ -16,7 +16,14 @@ from diffjax.cli import config, evaluate, latents
 from diffjax.cli import run as runs
 from diffjax.networks import presets
 
-SMALL = [*TINY, "--model.multipliers", "1", "--model.attention", "--training.steps=4", "--training.save-every=4"]
+SMALL = [
+    *(o for o in TINY if "depth" not in o),
+    "--model.multipliers",
+    "1",
+    "--model.attention",
+    "--training.steps=4",
+    "--training.save-every=4",
+]
 SMALL += ["--training.sample-every=4", "--latent-steps=2"]
 
 

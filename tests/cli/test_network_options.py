@@ -39,7 +39,20 @@ def test_options_of_another_network_of_the_preset_are_left():
     assert config.settle(digits, digits) == digits
 
 
+def test_options_that_an_older_run_kept_are_left():
+    """Runs of before kept the fields of all networks; one that is given again, and differs, is refused."""
+    kept = config.Model("unet", width=8, depth=4, heads=4, patch=2)
+    model.check_given(kept, kept)
+    model.check_given(dataclasses.replace(kept, width=16), kept)
+    with pytest.raises(ValueError, match=r"--model.depth; it reads"):
+        model.check_given(dataclasses.replace(kept, depth=6), kept)
+
+
 WRONG = {
+    "digits --network unet --model.depth 6": r"'unet' does not read --model.depth; it reads --model.width, .*head_size",
+    "digits --model.heads 2 --model.patch 4": r"does not read --model.heads, --model.patch; .*Leave them out",
+    "moons --model.attention 1": r"'mlp' does not read --model.attention; it reads --model.width, --model.depth, and by",
+    "digits --network dit --model.blocks 2": r"'dit' does not read --model.blocks; it reads --model.width, --model.depth, --m",
     "digits --network ditt": r"unknown network 'ditt'. Did you mean dit.*diffjax list networks",
     "digits --network dit-s --model.options depht=2": r"a field of 'dit-s'; got 'depht=2'. Did you mean depth",
     "digits --network dit --model.options depth": r"takes FIELD=VALUE",
