@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ import jax
 from diffjax import networks
 from diffjax.cli import model as models
 from diffjax.cli.config import Adapter, Train
+from diffjax.training import patterns
 
 Rule = tuple[Callable[[Any], bool], str]
 
@@ -98,12 +98,7 @@ def adapter(settings: Train) -> None:
                 "--adapter-rank and --adapter-targets are of an adapter; add --adapter lora, or leave them out"
             )
         return
-    try:
-        re.compile(settings.adapter.targets or "")
-    except re.error as error:
-        raise ValueError(
-            f"--adapter-targets must be a regular expression; got {settings.adapter.targets!r}: {error}"
-        ) from None
+    patterns.checked("--adapter-targets", settings.adapter.targets or "")
     if settings.init is None:
         raise ValueError(
             f"--adapter {settings.adapter.kind} is trained beside a trained network; add --init RUN or FILE.safetensors"

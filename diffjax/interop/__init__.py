@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from diffjax.interop.classes import CLASSES
 from diffjax.interop.inspection import Inspection, inspect
+from diffjax.interop.kinds import Kind
 from diffjax.interop.lora import load_lora, save_lora
 from diffjax.interop.originals import load_dit, load_guided
 from diffjax.interop.peer import Peer
 from diffjax.interop.pipeline import Pipeline, load_pipeline, save_pipeline
 from diffjax.interop.pretrained import Pretrained, as_pretrained, from_tensors, load_pretrained, save_pretrained
-from diffjax.interop.rules import Kind, Rule, compare, load, save
+from diffjax.interop.rules import Rule, compare, load, save
 from diffjax.interop.schedule import KINDS as SCHEDULERS
 from diffjax.interop.schedule import Schedule, read_schedule, schedule_config
 from diffjax.interop.tensors import Tensors, open_tensors, write, write_folder

@@ -8,8 +8,9 @@ import jax
 import numpy as np
 
 from diffjax.interop import options
+from diffjax.interop.kinds import conv, conv1x1, same
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Rule, conv, conv1x1, layer, norm, same
+from diffjax.interop.rules import Rule, layer, norm
 from diffjax.networks import KLAutoencoder, VQAutoencoder, autoencoder
 
 DOWN = {"DownEncoderBlock2D": False, "AttnDownEncoderBlock2D": True}

@@ -16,8 +16,9 @@ import numpy as np
 from diffjax.adapters import Site, controlnet
 from diffjax.interop import options, unets
 from diffjax.interop.autoencoders import OLD
+from diffjax.interop.kinds import conv, conv1x1
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Rule, conv, conv1x1, layer
+from diffjax.interop.rules import Rule, layer
 from diffjax.interop.text_unets import ENCODER, encoder, encoder_config, encoder_side
 from diffjax.interop.unet_rules import check_same
 from diffjax.networks import UNet, from_linen

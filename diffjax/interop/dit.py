@@ -13,8 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax.interop import options
+from diffjax.interop.kinds import copies, dense, same
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Rule, blocks, copies, dense, layer, same
+from diffjax.interop.rules import Rule, blocks, layer
 from diffjax.interop.transformers import (
     ACTIVATIONS,
     SINUSOIDS,

@@ -20,8 +20,9 @@ import numpy as np
 
 from diffjax.interop import options
 from diffjax.interop.dit import check_plain
+from diffjax.interop.kinds import by_head_fused, same, shaped
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Rule, blocks, by_head_fused, layer, same, shaped
+from diffjax.interop.rules import Rule, blocks, layer
 from diffjax.interop.transformers import SINUSOIDS, base_of, both, fitted, pixels, positions_of, rising, table_of
 from diffjax.networks import DiT, Learned, from_linen
 from diffjax.networks.dit import SIZES

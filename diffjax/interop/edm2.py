@@ -21,9 +21,10 @@ from typing import Any
 from diffjax.interop import options
 from diffjax.interop.edm import edm_pieces, example, function
 from diffjax.interop.edm_rules import interleaved
+from diffjax.interop.kinds import conv, conv1x1, dense, same
 from diffjax.interop.peer import Config, Peer
 from diffjax.interop.pieces import Pieces, expect
-from diffjax.interop.rules import Rule, conv, conv1x1, dense, same
+from diffjax.interop.rules import Rule
 from diffjax.networks import EDM2UNet
 
 KIND = "Precond"

@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from diffjax.interop.kinds import Kind, chunks, conv, conv1x1, dense, same
 from diffjax.interop.peer import Config
-from diffjax.interop.rules import Kind, Rule, chunks, conv, conv1x1, dense, layer, norm, same
+from diffjax.interop.rules import Rule, layer, norm
 from diffjax.interop.unet_rules import PAIR, given, middle_of
 from diffjax.networks import UNet, kept_fourier
 from diffjax.networks.resample import fir_halve

@@ -16,8 +16,9 @@ from typing import Any
 import jax
 
 from diffjax.interop import options, unets
+from diffjax.interop.kinds import Kind, by_head_fused, chunks, conv, conv1x1, dense, pointwise, same
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Kind, Rule, by_head_fused, chunks, conv, conv1x1, dense, layer, norm, pointwise, same
+from diffjax.interop.rules import Rule, layer, norm
 from diffjax.interop.unet_rules import PAIR, attending, check_same, given, norm_of
 from diffjax.networks import UNet, falling, part
 from diffjax.networks.layers import GroupNorm

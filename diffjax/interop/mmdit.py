@@ -16,8 +16,9 @@ import jax
 import numpy as np
 
 from diffjax.interop import options
+from diffjax.interop.kinds import beside, chunks, same, shaped
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Rule, beside, blocks, chunks, layer, same, shaped
+from diffjax.interop.rules import Rule, blocks, layer
 from diffjax.interop.transformers import (
     SINUSOIDS,
     attention_rules,

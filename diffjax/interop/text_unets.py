@@ -15,8 +15,9 @@ import jax.numpy as jnp
 
 from diffjax.interop import options
 from diffjax.interop.autoencoders import OLD
+from diffjax.interop.kinds import conv1x1, dense
 from diffjax.interop.peer import Config, Peer
-from diffjax.interop.rules import Rule, conv1x1, dense
+from diffjax.interop.rules import Rule
 from diffjax.interop.unet_rules import (
     DOWN,
     SHIFTS,

@@ -12,7 +12,8 @@ import ml_dtypes
 import numpy as np
 
 from diffjax.interop import options
-from diffjax.interop.rules import Kind, Rule, joined, layer, qkv, same
+from diffjax.interop.kinds import Kind, qkv, same
+from diffjax.interop.rules import Rule, joined, layer
 from diffjax.networks import Learned, Sincos
 from diffjax.networks.embeddings import Frequencies
 

@@ -7,7 +7,8 @@ import inspect
 from collections.abc import Iterator
 from typing import Any
 
-from diffjax.interop.rules import Kind, Rule, chunks, conv, conv1x1, dense, joined, kv, layer, norm, parted, qkv, same
+from diffjax.interop.kinds import Kind, chunks, conv, conv1x1, dense, kv, parted, qkv, same
+from diffjax.interop.rules import Rule, joined, layer, norm
 from diffjax.networks import UNet, part
 from diffjax.networks.embeddings import kept_fourier
 from diffjax.networks.layers import GroupNorm, default_groups

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 
 from diffjax.numerics import PyTree
+from diffjax.training import patterns
 from diffjax.training.partial import named
 
 AXES = ("data", "fsdp", "model", "sequence")
@@ -31,7 +31,7 @@ class Layout:
         model: parts of the network's wide axes (tensor parallel).   sequence: parts of the sequence of tokens.
         rules: `(pattern, spec)` pairs; the first pattern found in a leaf's path (`re.search` on `a/b/c`) gives the spec
         of its last axes, so that a stack of layers needs no rules of its own.
-    Raises: ValueError: a size below 1.
+    Raises: ValueError: a size below 1; a pattern that is no regular expression.
 
     Example:
         >>> layout = Layout(fsdp=4, model=2, rules=(("hidden/kernel$", PartitionSpec(None, "model")),))
@@ -51,6 +51,7 @@ class Layout:
         for name in AXES:
             if getattr(self, name) < 1:
                 raise ValueError(f"layout axis {name} must be at least 1; got {getattr(self, name)}")
+        patterns.checked("rules", *(text for text, _ in self.rules))
 
     @property
     def size(self) -> int:
@@ -94,7 +95,9 @@ class Layout:
 
     def _ruled(self, path: str, shape: tuple[int, ...]) -> list[Any]:
         """The part of each axis that the rules fix."""
-        found = next((spec for pattern, spec in self.rules if re.search(pattern, path)), PartitionSpec())
+        found = next(
+            (spec for pattern, spec in self.rules if patterns.pattern(pattern, "rules").search(path)), PartitionSpec()
+        )
         if len(found) > len(shape):
             raise ValueError(f"the rule {found} for {path} has more axes than its shape {shape}")
         parts: list[Any] = [None] * (len(shape) - len(found)) + list(found)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from diffjax.numerics import PyTree
+from diffjax.training.patterns import checked, pattern
 
 
 def constant(peak: float, *, warmup: int = 0) -> optax.Schedule:
@@ -114,6 +114,7 @@ def by_path(rules: Mapping[str, optax.GradientTransformation], rest: optax.Gradi
     Clipping and moments of one do not see the arrays of another.
     Args: rules: regular expression -> optimiser; the first that is found in the path `a/b/c` of an array decides.   rest: of
         all other arrays.
+    Raises: ValueError: a rule that is no regular expression.
 
     Example:
         >>> both = by_path({"^age$": optax.sgd(1.0)}, optax.sgd(0.5))
@@ -122,8 +123,9 @@ def by_path(rules: Mapping[str, optax.GradientTransformation], rest: optax.Gradi
         >>> float(updates["age"]), float(updates["w"])
         (-1.0, -0.5)
     """
+    checked("rules", *rules)
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    part = lambda path: next((rule for rule in rules if re.search(rule, name(path))), "")
+    part = lambda path: next((rule for rule in rules if pattern(rule, "rules").search(name(path))), "")
     labels = lambda params: jax.tree_util.tree_map_with_path(lambda path, _: part(path), params)
     return optax.multi_transform({**rules, "": rest}, labels)
 

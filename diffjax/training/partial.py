@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -11,6 +10,7 @@ import jax.numpy as jnp
 
 from diffjax.numerics import PyTree
 from diffjax.training.manifest import CheckpointError
+from diffjax.training.patterns import substituted
 
 SHOWN = 6  # lines of a list in a message
 WAY_OUT = "\nGive renames={pattern: replacement}, or strict=False to keep the values of the template"
@@ -83,6 +83,7 @@ def match(
     Raises:
         CheckpointError: another shape or kind of number; two saved names that become one; with `strict`, arrays that
             are missing or left over; without, arrays that are missing and have no value in the template.
+        ValueError: renames that are no regular expressions, or replacements that do not go with them.
 
     Example:
         >>> import numpy as np
@@ -93,9 +94,7 @@ def match(
     wanted, leaves = outline(template), dict(named(template))
     origin: dict[str, str] = {}
     for old in saved:
-        new = old
-        for pattern, replacement in (renames or {}).items():
-            new = re.sub(pattern, replacement, new)
+        new = substituted(old, (renames or {}).items())
         if new in origin:
             raise CheckpointError(f"renames turn both {origin[new]} and {old} of {source} into {new}")
         origin[new] = old

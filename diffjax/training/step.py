@@ -21,6 +21,7 @@ from diffjax import numerics as nu
 from diffjax.numerics import PyTree
 from diffjax.training.dynamics import gradient_noise
 from diffjax.training.ema import Ema, ema_update
+from diffjax.training.patterns import checked
 from diffjax.training.state import TrainState, plain_promotion, widen
 from diffjax.training.trainable import Trainable, join, split
 from diffjax.types import Denoiser
@@ -206,7 +207,7 @@ def make_train_step(
             moments and no average. Default all. The same as given to `init_state`.
 
     Returns: a pure `train_step(state, batch) -> (state, metrics)`.
-    Raises: ValueError: accumulate < 1, or a loss that takes no `items`.
+    Raises: ValueError: accumulate < 1, a loss that takes no `items`, a `trainable` that is no regular expression.
 
     Example:
         >>> def loss(key, denoiser, x0, cond, items=None): ...
@@ -215,6 +216,8 @@ def make_train_step(
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, the number of parts of a batch; got {accumulate}")
+    if isinstance(trainable, str):
+        checked("trainable", trainable)
     parameters = inspect.signature(loss).parameters
     if "items" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
         raise ValueError(

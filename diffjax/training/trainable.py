@@ -9,6 +9,7 @@ import jax
 
 from diffjax.numerics import PyTree
 from diffjax.training.partial import named, path_name
+from diffjax.training.patterns import pattern
 
 Trainable = str | Callable[[str], bool]
 
@@ -19,7 +20,7 @@ def split(params: PyTree, trainable: Trainable | None) -> tuple[PyTree, PyTree]:
     None is no array to JAX, so gradients, moments and averages of the first tree hold nothing of the second.
     Args: trainable: a regular expression that is found in the path `a/b/c` of an array that is trained, or a function of
         this path; None trains all.
-    Raises: ValueError: nothing is trained.
+    Raises: ValueError: no regular expression; nothing is trained.
 
     Example:
         >>> split({"base": {"w": 1.0}, "adapters": {"w": 2.0}}, "^adapters/")
@@ -27,7 +28,7 @@ def split(params: PyTree, trainable: Trainable | None) -> tuple[PyTree, PyTree]:
     """
     if trainable is None:
         return params, jax.tree.map(lambda _: None, params)
-    chosen = trainable if callable(trainable) else lambda path: re.search(trainable, path) is not None
+    chosen = trainable if callable(trainable) else lambda path: pattern(trainable, "trainable").search(path) is not None
     marks = jax.tree_util.tree_map_with_path(lambda path, _: bool(chosen(path_name(path))), params)
     if not any(jax.tree.leaves(marks)):
         names = [name for name, _ in named(params)]

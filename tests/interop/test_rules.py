@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 from interop_tools import equal
 
-from diffjax.interop import Rule, load, save
-from diffjax.interop import rules as kinds
+from diffjax.interop import Rule, kinds, load, rules, save
 from diffjax.training import CheckpointError
 
 H, D, IN = 3, 2, 5  # heads, their size, inputs
@@ -86,9 +85,9 @@ def test_where_the_places_of_a_convolution_go():
 # ------------------------------------------------------------------------------------------------- both directions
 
 RULES = [
-    *kinds.joined("attention/qkv", ("to_q", "to_k", "to_v"), kinds.qkv(2)),
-    *kinds.layer("out", "proj", bias=False),
-    *kinds.norm("norm", "ln"),
+    *rules.joined("attention/qkv", ("to_q", "to_k", "to_v"), kinds.qkv(2)),
+    *rules.layer("out", "proj", bias=False),
+    *rules.norm("norm", "ln"),
 ]
 TEMPLATE = {
     "attention": {"qkv": {"kernel": (3, 12), "bias": (12,)}},
@@ -100,7 +99,7 @@ TEMPLATE = jax.tree.map(lambda s: jax.ShapeDtypeStruct(s, np.float32), TEMPLATE,
 
 def theirs(dtype="float32"):
     rng = np.random.default_rng(0)
-    shapes = kinds.shapes_of(RULES, TEMPLATE)
+    shapes = rules.shapes_of(RULES, TEMPLATE)
     return {n: rng.standard_normal(s).astype(dtype) for n, s in shapes.items()}
 
 

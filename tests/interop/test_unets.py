@@ -9,7 +9,7 @@ import pytest
 from diffjax import interop
 from diffjax import networks as nw
 from diffjax.interop import guided, text_unets, unets
-from diffjax.interop.rules import parted
+from diffjax.interop.kinds import parted
 from diffjax.interop.text_unets import text_time
 from diffjax.interop.unet_rules import settled
 from diffjax.networks.layers import GroupNorm
