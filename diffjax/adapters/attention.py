@@ -6,20 +6,22 @@ They change how a module of attention mixes its values (`PATH.mix`), by layer wh
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from diffjax.adapters.core import Change, Site, strength
 from diffjax.adapters.maps import dense, fresh
+from diffjax.adapters.told import check_names, form_of
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.layers import at_least_float32, fan_in_uniform, plain_norm
 from diffjax.networks.taps import per_layer, tap_names
 from diffjax.numerics import PyTree
 from diffjax.training.partial import named, nested
+from diffjax.training.patterns import checked, pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class ParallelAttention:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """Attention with the branch beside it."""
-        tokens, mask = read_tokens(site.own, site.x)
+        first = params["encoder"]["0"]["kernel"] if self.hidden else leading(params["at"])
+        tokens, mask = read_tokens(site.own, site.x, size=first.shape[-2 if self.hidden else -3])
         if self.hidden:
             tokens = plain_norm(mlp(params["encoder"], tokens))
 
@@ -77,6 +80,7 @@ def parallel_attention(*, hidden: int = 0, targets: str = "") -> ParallelAttenti
     """
     if hidden < 0:
         raise ValueError(f"hidden must be at least 0; got {hidden}")
+    checked("targets", targets)
     return ParallelAttention(hidden, targets)
 
 
@@ -106,7 +110,8 @@ class ValueMixing:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """Attention whose map has mixed a second set of values too."""
-        tokens, _ = read_tokens(site.own, site.x)  # zero where they are padding
+        length, size = params["lift"].shape[0], params["zero"].shape[0]
+        tokens, _ = read_tokens(site.own, site.x, length, size)  # zero where they are padding
         lifted = jnp.einsum("bne,ns->bse", tokens, params["lift"])
         features = plain_norm(lifted) @ params["zero"]
 
@@ -134,6 +139,7 @@ def value_mixing(*, targets: str = "") -> ValueMixing:
 
     Reference: Wu et al. 2024, arXiv:2412.20800 (value-mixed cross-attention).
     """
+    checked("targets", targets)
     return ValueMixing(targets)
 
 
@@ -148,7 +154,9 @@ def attentions(site: Site, targets: str = "") -> dict[str, tuple[tuple[int, ...]
     """
     names = tap_names(site.net, site.base, site.x, site.t, site.cond, site.key)
     paths = [name[:-2] for name in names if name.endswith("/q")]
-    chosen = [path for path in paths if re.search(targets or "cross$", path)] or ([] if targets else paths)
+    chosen = [path for path in paths if pattern(targets or "cross$", "targets").search(path)] or (
+        [] if targets else paths
+    )
     if not chosen:
         raise ValueError(f"targets={targets!r} names no attention of the network; it has {paths or 'none'}")
     shapes = site.shapes(*(path + "/q" for path in chosen))
@@ -196,20 +204,29 @@ def mlp(params: PyTree, x: Any) -> jax.Array:
     return x
 
 
-def read_tokens(own: Any, x: Any) -> tuple[Any, Any]:
+def leading(at: PyTree) -> Any:
+    """The first of some arrays."""
+    return jax.tree.leaves(at)[0]
+
+
+def read_tokens(own: Any, x: Any, length: int | None = None, size: int | None = None) -> tuple[Any, Any]:
     """The tokens of an adapter, at least float32 and zero where they are padding, and their mask or None.
 
+    Args: length, size: of tokens that the adapter was made for.
     Raises: ValueError: another form.
     """
-    tokens = own.get("tokens") if isinstance(own, dict) else own
+    if isinstance(own, dict):
+        check_names(own, "this adapter", ("tokens",), ("mask",))
+    tokens = own["tokens"] if isinstance(own, dict) else own
     mask = own.get("mask") if isinstance(own, dict) else None
-    shape = jnp.shape(tokens) if hasattr(tokens, "dtype") else type(tokens).__name__
-    if len(shape) != 3 or shape[0] != x.shape[0] or not jnp.issubdtype(tokens.dtype, jnp.floating):
+    shape = np.shape(tokens) if hasattr(tokens, "dtype") else ()
+    fits = len(shape) == 3 and shape[0] == x.shape[0] and length in (None, shape[1]) and size in (None, shape[2])
+    if not fits or not jnp.issubdtype(tokens.dtype, jnp.floating):
         raise ValueError(
-            f"this adapter reads tokens [{x.shape[0]}, S, n] of floats from the condition under its name, or a dict of "
-            f"`tokens` and `mask`; got {shape}"
+            f"this adapter reads tokens [{x.shape[0]}, {length or 'S'}, {size or 'n'}] of floats from the condition under its "
+            f"name, or a dict of `tokens` and `mask`; got {form_of(tokens)}"
         )
-    if mask is not None and (jnp.shape(mask) != shape[:2] or mask.dtype != bool):
-        raise ValueError(f"the mask of tokens must be bool {list(shape[:2])}; got {mask.dtype} {list(jnp.shape(mask))}")
+    if mask is not None and (np.shape(mask) != shape[:2] or str(getattr(mask, "dtype", "")) != "bool"):
+        raise ValueError(f"the mask of tokens must be bool {list(shape[:2])}; got {form_of(mask)}")
     tokens = jnp.asarray(tokens).astype(at_least_float32(tokens.dtype))
     return (tokens, None) if mask is None else (jnp.where(mask[..., None], tokens, 0.0), jnp.asarray(mask))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from diffjax.adapters.core import Change, Site
 from diffjax.adapters.difference import difference
 from diffjax.numerics import PyTree
+from diffjax.training.patterns import checked
 
 PARTS = ("x", "reference")
 
@@ -103,4 +104,5 @@ def concatenation(axis: int = 1, targets: str = r"(^|/)attention/") -> Concatena
         >>> fn(params, x, t, {"wear": {"reference": x}}).shape
         (1, 2, 2, 1)
     """
+    checked("targets", targets)
     return Concatenation(axis, targets)

@@ -37,7 +37,8 @@ class ControlNet:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """y' = y + w s Z(y_copy) for the skips and the bottleneck y."""
-        picture, halvings = picture_of(site.own, site.x, len(self.widths) - 1, name="controlnet")
+        channels = params["hint"]["in"]["kernel"].shape[-2]
+        picture, halvings = picture_of(site.own, site.x, len(self.widths) - 1, name="controlnet", channels=channels)
         seen = hint(params["hint"], picture, halvings)
         joined = lambda call, x: (lambda h: h + seen.astype(h.dtype))(call(x))
         found = features(site, params["copy"], {"in": joined})
@@ -93,7 +94,7 @@ class ControlTransformer:
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """z_i' = z_i + w s_i Z_i(z_i of the copy) after block i."""
         net = Blocks.of(site, self.blocks)
-        seen = dense(params["in"], patched(site, net.patch))
+        seen = dense(params["in"], patched(site, net.patch, params["in"]["kernel"].shape[-2]))
         joined = lambda call, z: (lambda h: h + seen.astype(h.dtype))(call(z))
         found = net.read(site, params["copy"], {"in": joined})
         more = strength(jax.vmap(dense)(params["zero"], found), weight)

@@ -70,7 +70,8 @@ class ControlNext:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """h' = h + w c^ at one tap."""
-        picture, halvings = picture_of(site.own, site.x, len(self.widths), name="control_next")
+        channels = params["in"]["kernel"].shape[-2]
+        picture, halvings = picture_of(site.own, site.x, len(self.widths), name="control_next", channels=channels)
         c = conv(params["in"], picture)
         for i in range(len(self.widths)):
             c = _block(params[f"block_{i}"], halve(c) if i < halvings else c)

@@ -74,10 +74,10 @@ class ControlNorm:
         codes = []
         for name in self.pictures:
             p = params["hints"][name]
-            nothing = jnp.zeros((*site.x.shape[:-1], p["in"]["kernel"].shape[-2]), site.x.dtype)
-            picture, halvings = picture_of(
-                own.get(name, nothing), site.x, len(self.widths) - 1, name=f"control_norm, {name},"
-            )
+            channels = p["in"]["kernel"].shape[-2]
+            shown = own.get(name, jnp.zeros((*site.x.shape[:-1], channels), site.x.dtype))
+            of = dict(name=f"control_norm, {name},", channels=channels)
+            picture, halvings = picture_of(shown, site.x, len(self.widths) - 1, **of)
             codes.append(normalised(hint(p, picture, halvings)))
         gamma, beta = jnp.split(dense(params["fuse"], jnp.concatenate(codes, axis=-1)), 2, axis=-1)
         norm = params["norm"]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax.adapters.core import Site
+from diffjax.adapters.told import form_of
 from diffjax.networks.dit import DiT, patches
 from diffjax.networks.functional import from_linen
 from diffjax.networks.mmdit import MMDiT
@@ -114,18 +115,24 @@ class Blocks(NamedTuple):
         return {"blocks/block": per_layer(add)}
 
 
-def patched(site: Site, patch: int) -> jax.Array:
+def patched(site: Site, patch: int, numbers: int | None = None) -> jax.Array:
     """The picture that an adapter was given, cut as the state is: [B, N, c], whole multiples of the state's axes.
 
-    Raises: ValueError: another shape.
+    Args: numbers: c that the adapter was made for.
+    Raises: ValueError: another shape or type.
     """
     own, x = site.own, site.x
     shape = getattr(own, "shape", ())
     times = shape[1] // x.shape[1] if len(shape) == 4 else 0
-    if not times or shape[:3] != (x.shape[0], times * x.shape[1], times * x.shape[2]):
-        got = list(shape) if hasattr(own, "shape") else type(own).__name__
+    fits = times and shape[:3] == (x.shape[0], times * x.shape[1], times * x.shape[2])
+    if not fits or not jnp.issubdtype(own.dtype, jnp.floating):
         raise ValueError(
-            "control_transformer reads a picture in the condition under the adapter's name, of the state's batch and axes or a "
-            f"whole multiple of them: [{x.shape[0]}, {x.shape[1]}, {x.shape[2]}, channels]; got {got}"
+            "this adapter reads a picture of floats in the condition under the adapter's name, of the state's batch and axes or a "
+            f"whole multiple of them: [{x.shape[0]}, {x.shape[1]}, {x.shape[2]}, channels]; got {form_of(own)}"
+        )
+    if numbers not in (None, shape[-1] * (patch * times) ** 2):
+        raise ValueError(
+            f"this adapter was made for pictures with {numbers} numbers beside each patch of the state; got {form_of(own)} "
+            f"with {shape[-1]} channels x {patch * times}^2. Give pictures of the size and channels of `init`"
         )
     return patches(jnp.asarray(own).astype(x.dtype), patch * times)

@@ -8,12 +8,14 @@ place of its inputs. Changes of several adapters are put together, so that those
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
+from diffjax.adapters.told import form_of
 from diffjax.networks.conditions import FIELDS
 from diffjax.networks.functional import per_item
 from diffjax.networks.taps import apart, per_layer, tapped
@@ -56,7 +58,8 @@ class Change(NamedTuple):
 class Adapter(Protocol):
     """A hashable value (a frozen dataclass) whose fields are numbers, strings and tuples of these, so that a file holds it.
 
-    It may also have `delta(params, site, weight)`, for `Adapted.merge`, and `cache(params, site)`, for `Adapted.cache`.
+    It may also have `delta(params, site, weight)`, for `Adapted.merge`, `cache(params, site)`, for `Adapted.cache`, and
+    `told = False` if it reads nothing in the condition, so that what is given to it is refused.
     """
 
     def init(self, key: Any, site: Site) -> PyTree:
@@ -186,6 +189,14 @@ class Adapted:
         names = [name for name, _ in self.adapters]
         if not isinstance(cond, dict):
             return cond, dict.fromkeys(names)
+        for name, adapter in self.adapters:
+            if cond.get(name) is not None and not getattr(adapter, "told", True):
+                reading = [n for n, a in self.adapters if getattr(a, "told", True)]
+                raise ValueError(
+                    f"the adapter {name!r} ({type(adapter).__name__}) reads no condition, but cond has {name!r}: "
+                    f"{form_of(cond[name])}. Leave it out, or name it as the adapter that it is for; those that read one "
+                    f"are {reading or 'none'}"
+                )
         rest = {name: value for name, value in cond.items() if name not in names}
         return rest or None, {name: cond.get(name) for name in names}
 
@@ -260,12 +271,13 @@ def strength(value: Any, weight: Any) -> Any:
 
 
 def _together(changes: list[Change], field: str, join: Callable[[Any, Any], Any]) -> dict[str, Any]:
-    """The functions of all changes by name, several of one name after each other."""
-    found: dict[str, Any] = {}
+    """The functions of all changes by name, several of one name after each other; those that are joined come first."""
+    all_of: dict[str, list[Any]] = {}
     for change in changes:
         for name, f in getattr(change, field).items():
-            found[name] = join(found[name], f) if name in found else f
-    return found
+            all_of.setdefault(name, []).append(f)
+    innermost = lambda f: not hasattr(f.f if isinstance(f, per_layer) else f, "joined")
+    return {name: functools.reduce(join, sorted(some, key=innermost)) for name, some in all_of.items()}
 
 
 def _after(f: Any, g: Any) -> Any:
@@ -281,7 +293,10 @@ def _layered(f: Any) -> Callable[[Any, Any], Any]:
 
 
 def _outside(f: Any, g: Any) -> Any:
-    """g around f around a module; two of a type that has `joined` are one."""
+    """g around f around a module; two of a type that has `joined` are one.
+
+    What is joined changes how the module weighs what it attends to, so it lies inside what is added to the result.
+    """
     first, second = (h.f if isinstance(h, per_layer) else h for h in (f, g))
     if type(first) is type(second) and hasattr(first, "joined"):
         both = first.joined(second)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from diffjax.adapters.lora import targeted
 from diffjax.networks.layers import at_least_float32
 from diffjax.numerics import PyTree
 from diffjax.training.partial import named, nested
+from diffjax.training.patterns import checked, pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,6 +20,7 @@ class Difference:
     """See `difference`."""
 
     targets: str
+    told = False
 
     def init(self, key: Any, site: Site) -> PyTree:
         """Zeros in the place of each array that targets names."""
@@ -42,7 +43,9 @@ class Difference:
         old, new = dict(named(base)), dict(named(tuned))
         if {p: a.shape for p, a in old.items()} != {p: a.shape for p, a in new.items()}:
             raise ValueError("base and tuned must be parameters of one network: their names or shapes differ")
-        others = [p for p in old if not re.search(self.targets, p) and not bool((old[p] == new[p]).all())]
+        others = [
+            p for p in old if not pattern(self.targets, "targets").search(p) and not bool((old[p] == new[p]).all())
+        ]
         if others:
             raise ValueError(
                 f"base and tuned also differ in {others[:3]}, which targets={self.targets!r} does not name"
@@ -66,5 +69,5 @@ def difference(targets: str) -> Difference:
         >>> tuned["out"]["w"].tolist()
         [-1.0]
     """
-    re.compile(targets)
+    checked("targets", targets)
     return Difference(targets)

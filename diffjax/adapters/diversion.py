@@ -13,6 +13,7 @@ import numpy as np
 from diffjax.adapters.copies import Blocks, patched
 from diffjax.adapters.core import Change, Site, strength
 from diffjax.adapters.maps import dense, zero
+from diffjax.adapters.told import check_names, form_of
 from diffjax.networks.taps import per_layer
 from diffjax.numerics import PyTree
 from diffjax.training.partial import named, nested
@@ -62,7 +63,7 @@ class Diversion:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """z_i' = z_i + w Z_i(z_i of the copy with the matrices of each item's instruction) after block i."""
-        net, (picture, instruction) = self._read(site)
+        net, (picture, instruction) = self._read(site, params)
         gate, seen = self.gates(params, instruction), dense(params["in"], picture)
         rest, around = dict(named(params["rest"])), {"in": lambda call, z: _joined(call(z), seen)}
         for path in _paths(params["learngenes"]):
@@ -83,17 +84,20 @@ class Diversion:
         genes, tailors = params["learngenes"], params["tailors"]
         return {path: product(_at(genes, path), 1.0) + product(_at(tailors, path), gate) for path in _paths(genes)}
 
-    def _read(self, site: Site) -> tuple[Blocks, tuple[Any, Any]]:
+    def _read(self, site: Site, params: Any = None) -> tuple[Blocks, tuple[Any, Any]]:
         """The blocks, and the condition: patches of the picture [B, N, c], the instruction [B, e]."""
         net, own = Blocks.of(site, self.blocks), site.own
-        e = own.get("instruction") if isinstance(own, dict) and "image" in own else None
-        if np.ndim(e) != 2 or len(e) != len(site.x) or not jnp.issubdtype(e.dtype, jnp.floating):
-            got = f"instruction {np.shape(e)}" if e is not None else type(own).__name__
+        check_names(own, "diversion", ("image", "instruction"))
+        e, sizes = own["instruction"], [None, None]
+        if params is not None:
+            sizes = [params[name]["kernel"].shape[-2] for name in ("in", "gate")]
+        shape, floats = np.shape(e), jnp.issubdtype(getattr(e, "dtype", int), jnp.floating)
+        if not floats or len(shape) != 2 or shape[0] != len(site.x) or sizes[1] not in (None, shape[1]):
             raise ValueError(
-                "diversion reads {'image': [B, H, W, c], 'instruction': [B, e]} in the condition under its name, with B = "
-                f"{len(site.x)}; got {got}"
+                "diversion reads {'image': [B, H, W, c], 'instruction': [B, e]} in the condition under its name, floats with "
+                f"B = {len(site.x)}{f' and e = {sizes[1]}' if sizes[1] else ''}; got instruction {form_of(e)}"
             )
-        return net, (patched(site._replace(own=own["image"]), net.patch), jnp.asarray(e))
+        return net, (patched(site._replace(own=own["image"]), net.patch, sizes[0]), jnp.asarray(e))
 
 
 def diversion(blocks: int, tailors: int, *, active: int | None = None) -> Diversion:

@@ -13,12 +13,14 @@ from diffjax.adapters.attention import attentions, fresh_mlp, located, mlp, read
 from diffjax.adapters.copies import encoder, features, outputs
 from diffjax.adapters.core import Change, Site, strength
 from diffjax.adapters.maps import dense, zero
+from diffjax.adapters.told import check_names, form_of
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.embeddings import sinusoids
 from diffjax.networks.layers import fan_in_uniform, plain_norm
 from diffjax.networks.taps import per_layer, tapped
 from diffjax.numerics import PyTree
 from diffjax.training.partial import nested
+from diffjax.training.patterns import checked
 
 RADIANS = (1.0, 100.0)  # from the slowest to the fastest sinusoid over the whole picture
 
@@ -60,7 +62,8 @@ class Grounding:
 
     def writers(self, params: PyTree, site: Site, weight: Any = None) -> dict[str, Any]:
         """The writers of the taps after blocks."""
-        tokens = objects(params["tokens"], *read_objects(site.own, site.x), self.frequencies)
+        own = read_objects(site.own, site.x, params["tokens"]["no_word"].shape[0])
+        tokens = objects(params["tokens"], *own, self.frequencies)
         plain = lambda own: lambda v: v + strength(attended(own, v, tokens), weight)
 
         def writer(own: dict[str, Any]) -> Any:
@@ -90,6 +93,7 @@ def grounding(*, hidden: int = 64, frequencies: int = 8, targets: str = r"(^|/)a
     """
     if hidden < 1 or frequencies < 1:
         raise ValueError(f"hidden and frequencies must be at least 1; got {hidden} and {frequencies}")
+    checked("targets", targets)
     return Grounding(hidden, frequencies, targets)
 
 
@@ -165,15 +169,11 @@ def attended(own: dict[str, Any], v: Any, tokens: Any) -> jax.Array:
     return jnp.tanh(own["gate"]) * y.reshape(v.shape)
 
 
-def read_objects(own: Any, x: Any) -> tuple[Any, Any, Any]:
-    """Words, boxes and mask of what is told about objects.   Raises: ValueError: another form."""
-    if not isinstance(own, dict) or not {"tokens", "boxes"} <= set(own):
-        got = sorted(own) if isinstance(own, dict) else type(own).__name__
-        raise ValueError(
-            f"this adapter reads a dict of `tokens`, `boxes` and `mask` from the condition under its name; got {got}"
-        )
-    words, mask = read_tokens({name: own.get(name) for name in ("tokens", "mask")}, x)
-    boxes = jnp.asarray(own["boxes"])
-    if boxes.shape != (*words.shape[:2], 4) or not jnp.issubdtype(boxes.dtype, jnp.floating):
-        raise ValueError(f"boxes must be floats {[*words.shape[:2], 4]}; got {boxes.dtype} {list(boxes.shape)}")
-    return words, boxes, jnp.ones(words.shape[:2], bool) if mask is None else mask
+def read_objects(own: Any, x: Any, size: int | None = None) -> tuple[Any, Any, Any]:
+    """Words, boxes and mask of what is told about objects.   size: of words.   Raises: ValueError: another form."""
+    check_names(own, "this adapter", ("tokens", "boxes"), ("mask",))
+    words, mask = read_tokens({name: own.get(name) for name in ("tokens", "mask")}, x, size=size)
+    boxes, wanted = own["boxes"], (*words.shape[:2], 4)
+    if getattr(boxes, "shape", None) != wanted or not jnp.issubdtype(boxes.dtype, jnp.floating):
+        raise ValueError(f"boxes must be floats {list(wanted)}; got {form_of(boxes)}")
+    return words, jnp.asarray(boxes), jnp.ones(words.shape[:2], bool) if mask is None else mask

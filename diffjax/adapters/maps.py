@@ -82,15 +82,15 @@ def hint(p: PyTree, picture: Any, halvings: int) -> jax.Array:
     return conv(p["out"], h)
 
 
-def picture_of(own: Any, x: Any, most: int, *, name: str) -> tuple[jax.Array, int]:
+def picture_of(own: Any, x: Any, most: int, *, name: str, channels: int | None = None) -> tuple[jax.Array, int]:
     """A condition's picture in the dtype of the state, and how often it must be halved to get the axes of the state.
 
     Args: own: what the adapter was given, [B, *m, c].   x: [B, *n, C].   most: halvings that the adapter can do.   name: of
-        the adapter, for messages.
-    Raises: ValueError: none; other axes than n, 2 n, ... 2^most n.
+        the adapter, for messages.   channels: that it was made for.
+    Raises: ValueError: none; other axes than n, 2 n, ... 2^most n; other channels.
     """
     shape = getattr(own, "shape", None)
-    wanted = f"floats [{x.shape[0]}, {', '.join(map(str, x.shape[1:-1]))}, channels]"
+    wanted = f"floats [{x.shape[0]}, {', '.join(map(str, x.shape[1:-1]))}, {channels or 'channels'}]"
     if shape is None or not jnp.issubdtype(own.dtype, jnp.floating):
         got = type(own).__name__ if shape is None else f"{own.dtype} {list(shape)}"
         raise ValueError(f"{name} reads a picture in the condition under the adapter's name: {wanted}; got {got}")
@@ -101,5 +101,10 @@ def picture_of(own: Any, x: Any, most: int, *, name: str) -> tuple[jax.Array, in
         raise ValueError(
             f"{name} needs a picture of the state's batch and axes, or of axes 2, 4 .. {2**most} times as long: {wanted}; "
             f"got {list(shape)}"
+        )
+    if channels not in (None, shape[-1]):
+        raise ValueError(
+            f"{name} was made for pictures of {channels} channels: {wanted}; got {list(shape)}. Give such pictures, or make "
+            "the adapter anew with `init` for these"
         )
     return jnp.asarray(own).astype(x.dtype), halvings

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -23,6 +24,11 @@ class SkipTuner:
     widths: tuple[int, ...]
     stop: bool
 
+    @property
+    def told(self) -> bool:
+        """Whether it reads pictures."""
+        return bool(self.conditions)
+
     def init(self, key: Any, site: Site) -> PyTree:
         """`{"skip_k": {"down", "up"}}`, or for each condition these and `{"hint", "dense": {"skip_k"}}`."""
         shapes = _skips(site)
@@ -41,7 +47,8 @@ class SkipTuner:
         tuners, hints = [(params, 1.0)], [{}]
         if self.conditions:
             scales = dict(zip(self.conditions, self.scales or (1.0,) * len(self.conditions), strict=True))
-            pictures = self._pictures(site)
+            channels = {name: params[name]["hint"]["in"]["kernel"].shape[-2] for name in self.conditions}
+            pictures = self._pictures(site, channels=channels)
             tuners = [(params[name], scales[name]) for name in pictures]
             shapes = _skips(site)
             hints = [_cascade(params[name], *picture, shapes) for name, picture in pictures.items()]
@@ -77,7 +84,9 @@ class SkipTuner:
             maps[name], c = fresh(k, *(3,) * axes, c, n), n
         return {"hint": start, "dense": maps}
 
-    def _pictures(self, site: Site, needed: tuple[str, ...] = ()) -> dict[str, Any]:
+    def _pictures(
+        self, site: Site, needed: tuple[str, ...] = (), channels: Mapping[str, int] | None = None
+    ) -> dict[str, Any]:
         """The conditions that are given, see `picture_of`.   Raises: ValueError: not a dict, unknown or needed names."""
         own = site.own
         if not isinstance(own, dict) or not set(needed) <= set(own) <= set(self.conditions):
@@ -86,8 +95,9 @@ class SkipTuner:
                 f"skip_tuner reads a dict of pictures under the adapter's name, any of {list(self.conditions)}"
                 f"{', all of them at init' if needed else ''}; got {got}"
             )
-        most = len(self.widths) - 1
-        return {n: picture_of(own[n], site.x, most, name=f"skip_tuner, {n},") for n in self.conditions if n in own}
+        most, known = len(self.widths) - 1, channels or {}
+        read = lambda n: picture_of(own[n], site.x, most, name=f"skip_tuner, {n},", channels=known.get(n))
+        return {n: read(n) for n in self.conditions if n in own}
 
 
 def skip_tuner(
