@@ -11,6 +11,7 @@ import numpy as np
 
 from diffjax.adapters.attention import attentions, located
 from diffjax.adapters.core import Change, Site, added
+from diffjax.adapters.told import form_of
 from diffjax.networks.attention import logits_of, softmax, weighted
 from diffjax.networks.conditions import FIELDS, null_condition
 from diffjax.networks.functional import FromLinen
@@ -18,6 +19,7 @@ from diffjax.networks.layers import fan_in_uniform
 from diffjax.networks.taps import per_layer, tapped
 from diffjax.numerics import PyTree
 from diffjax.training.partial import nested
+from diffjax.training.patterns import checked
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +48,7 @@ class EasyControl:
         Returns: {attention: (k, v)} of [B, S, H, D], [B, layers, S, H, D] where layers are scanned.
         """
         if isinstance(site.own, dict):
+            check_cache(site.own, located(params), site.x.shape[0])
             return site.own
         check_picture(site)
         at = located(params)
@@ -62,8 +65,6 @@ class EasyControl:
         """Attention to the condition tokens too."""
         cache, around = self.cache(params, site), {}
         for path, own in located(params).items():
-            if path not in cache:
-                raise ValueError(f"the cache has no keys of {path}; it has {sorted(cache)}: it is of another adapter")
             gate = own["gate"] if weight is None else own["gate"] * jnp.asarray(weight, own["gate"].dtype)
             k, v = (jnp.moveaxis(a, 1, 0) if gate.ndim else a for a in cache[path])
             beside = Beside(((k, v, gate),), scanned=gate.ndim > 0)
@@ -86,7 +87,7 @@ def easy_control(rank: int = 4, *, time: float = 0.0, targets: str = r"(^|/)atte
     computed once for all steps.
     Args: rank: of A and B, for each of q, k and v.   time: the time code at which a picture is clean.   targets: regular
         expression of the attentions, of the network's tokens to each other.
-    Several of them commute; beside `parallel_attention` at one attention the order given to `adapt` matters.
+    Several of them commute; what `parallel_attention` adds at the same attention is added to y, in whatever order they are given.
     Raises: ValueError: rank < 1; at init, targets that name none, a picture of another form, one that patches do not tile.
 
     Example:
@@ -97,6 +98,7 @@ def easy_control(rank: int = 4, *, time: float = 0.0, targets: str = r"(^|/)atte
     """
     if rank < 1:
         raise ValueError(f"easy_control needs rank >= 1; got {rank}")
+    checked("targets", targets)
     return EasyControl(rank, float(time), targets)
 
 
@@ -193,17 +195,46 @@ def low_rank(params: dict[str, Any]) -> jax.Array:
     return whole.reshape(*whole.shape[:-3], -1)
 
 
+def check_cache(cache: dict[str, Any], at: dict[str, dict[str, Any]], items: int) -> None:
+    """Refuse what is no cache of this adapter for this batch.   at: its parameters, see `located`.   Raises: ValueError."""
+    anew = "Make it anew by adapt(...).cache(params, x, t, cond) with the picture in the condition"
+    if set(cache) != set(at):
+        raise ValueError(
+            "easy_control reads a picture, or a cache of keys and values by attention; got a dict of "
+            f"{sorted(map(str, cache))[:4]} where this adapter has {sorted(at)[:4]}, of another adapter. {anew}"
+        )
+    tokens = set()
+    for path, own in at.items():
+        lead, heads = (items, *own["gate"].shape), own["up"].shape[-2:]
+        pair = cache[path] if isinstance(cache[path], (tuple, list)) else ()
+        shapes = [tuple(getattr(a, "shape", ())) for a in pair]
+        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][len(lead) :][1:] != heads:
+            raise ValueError(
+                f"the cache has {form_of(pair)} of {path}, where this adapter needs keys and values {[*lead, 'S', *heads]}: it "
+                f"is of another network. {anew}"
+            )
+        if shapes[0][: len(lead)] != lead:
+            raise ValueError(
+                f"the cache is of a batch of {shapes[0][0]}, the state has {items} items: keys of {path} are "
+                f"{list(shapes[0])}. {anew}"
+            )
+        tokens.add(shapes[0][-3])
+    if len(tokens) > 1:
+        raise ValueError(f"the cache has keys of {sorted(tokens)} tokens, of different pictures in one. {anew}")
+
+
 def check_picture(site: Site) -> None:
     """Refuse what is no picture for this network.   Raises: ValueError."""
     if not hasattr(site.net, "module"):
         raise ValueError("easy_control runs the network on its picture, so it needs a from_linen network")
     p = getattr(site.net.module, "patch", 1)
     x, own = site.x, site.own
-    shape = list(own.shape) if hasattr(own, "shape") else type(own).__name__
+    shape = getattr(own, "shape", ())
     batch, channels = x.shape[0], x.shape[-1]
-    fits = hasattr(own, "shape") and len(shape) == x.ndim and (shape[0], shape[-1]) == (batch, channels)
+    fits = len(shape) == x.ndim and (shape[0], shape[-1]) == (batch, channels)
+    fits = fits and jnp.issubdtype(own.dtype, jnp.floating)
     if not fits or any(n % p for n in shape[1:-1]):
         raise ValueError(
-            f"easy_control reads a picture [{batch}, h, w, {channels}] from the condition under its name, with h and w divisible "
-            f"by {p}, or what `cache` made of it; got {shape}"
+            f"easy_control reads a picture [{batch}, h, w, {channels}] of floats from the condition under its name, "
+            f"with h and w divisible by {p}, or what `cache` made of it; got {form_of(own)}"
         )
