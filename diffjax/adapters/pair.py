@@ -19,14 +19,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from diffjax.adapters.branches import PARTS, Pair, across, alone, of_layer, of_one, shared
 from diffjax.adapters.core import Change, Site, added, strength
 from diffjax.adapters.lora import LoRA, lora, stacked
-from diffjax.networks.attention import Attention
 from diffjax.networks.taps import Call, per_layer, tap_names
 from diffjax.numerics import PyTree
 from diffjax.training.partial import named, nested
-
-PARTS = ("x", "y")
+from diffjax.training.patterns import checked, pattern
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +35,13 @@ class JointNet:
     targets: str
 
     def init(self, key: Any, site: Site) -> PyTree:
-        """`{"branch": the network's parameters, "to_x", "to_y": {tap: linear map from zero}}`."""
-        site = _alone(site)
-        found = [n for n in tap_names(site.net, site.base, site.x, site.t, site.cond) if re.search(self.targets, n)]
+        """`{"branch": the network's parameters without `branches.shared`, "to_x", "to_y": {tap: linear map from zero}}`."""
+        site = alone(site)
+        found = [
+            n
+            for n in tap_names(site.net, site.base, site.x, site.t, site.cond)
+            if pattern(self.targets, "targets").search(n)
+        ]
         if not found:
             raise ValueError(f"targets={self.targets!r} names no tap of the network, where the branches could exchange")
         zero = lambda *shape: jnp.zeros(shape, jnp.float32)
@@ -46,17 +49,19 @@ class JointNet:
         for name, a in site.shapes(*found).items():
             lead, c = a.shape[: stacked(name)], a.shape[-1]
             maps |= {f"{name}/kernel": zero(*lead, c, c), f"{name}/bias": zero(*lead, c)}
-        return {"branch": jax.tree.map(jnp.array, site.base), "to_x": nested(maps), "to_y": nested(maps)}
+        both = shared(site)
+        branch = nested({name: jnp.array(a) for name, a in named(site.base) if not of_one(name, both)})
+        return {"branch": branch, "to_x": nested(maps), "to_y": nested(maps)}
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """The second branch, and what each adds to the other."""
-        pair = _Pair(site)
+        pair = Pair(site)
         maps = {to: dict(named(params[f"to_{to}"])) for to in PARTS}
 
         def exchange(name: str) -> Any:
             def add(h: Any, layer: Any = None) -> Any:
                 def mapped(to: str, h: Any) -> Any:
-                    kernel, bias = (_of_layer(maps[to][f"{name}/{a}"], layer) for a in ("kernel", "bias"))
+                    kernel, bias = (of_layer(maps[to][f"{name}/{a}"], layer) for a in ("kernel", "bias"))
                     bias = bias.reshape((1,) * (h.ndim - 1) + (-1,))
                     return strength(h @ kernel.astype(h.dtype) + bias.astype(h.dtype), weight)
 
@@ -73,8 +78,9 @@ def jointnet(targets: str = r"(^|/)block$") -> JointNet:
     r"""A frozen branch for x and a trained copy of it for y, which add to each other.   h_x += w Z_x h_y,  h_y += w Z_y h_x
 
     Z are linear maps of the channels from zero, one for each direction and tap. Both parts have the shape that the network
-    takes. Trained with one time for both (see the module for the state); given one part, sample the pair with
-    `guidance.known`, for which one time is enough.
+    takes; learned positions and other arrays that no item is given to (`branches.shared`) are common to the branches. Trained
+    with one time for both (see the module for the state); given one part, sample the pair with `guidance.known`, for which
+    one time is enough.
     Args: targets: regular expression of the taps after which the branches exchange: by default after every block; the
         released networks exchange what goes from the encoder to the decoder, `^(skip_\d+|bottleneck)$` of a U-Net.
     Raises: ValueError: at init, targets that name no tap.
@@ -90,6 +96,7 @@ def jointnet(targets: str = r"(^|/)block$") -> JointNet:
         >>> sorted(fn(params, {"x": x, "y": x}, t))
         ['x', 'y']
     """
+    checked("targets", targets)
     return JointNet(targets)
 
 
@@ -104,7 +111,13 @@ class UniCon:
 
     def init(self, key: Any, site: Site) -> PyTree:
         """`{"branch": of LoRA, "to_x", "to_y": {"joint": of LoRA, "post": {attention: {"kernel"} from zero}}}`."""
-        site = _alone(site)
+        site = alone(site)
+        both = shared(site)
+        if common := [path for path in self._branch().kernels(site.base) if of_one(path, both)]:
+            raise ValueError(
+                f"branch={self.branch!r} names {common[:4]}, which both branches have in common: layers that are given no item, "
+                "such as learned positions. Give a branch that leaves them out, such as r'(attention|hidden)/.*kernel$'"
+            )
         keys = jax.random.split(key, 3)
         width = {path: dict(named(site.base))[f"{path}/out/kernel"] for path in self.places(site.base)}
         post = {f"{path}/kernel": jnp.zeros((*a.shape[:-2], a.shape[-1], a.shape[-1])) for path, a in width.items()}
@@ -116,7 +129,7 @@ class UniCon:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """The second branch, and the attention of each to the other."""
-        pair = _Pair(site)
+        pair = Pair(site)
         branch = added(site.base, self._branch().delta(params["branch"], site, None))
         delta = self._joint(site).delta
         joint = {to: dict(named(added(site.base, delta(params[f"to_{to}"]["joint"], site, None)))) for to in PARTS}
@@ -127,9 +140,9 @@ class UniCon:
 
             def f(layer: Any, call: Call, h: Any, *args: Any, **kwargs: Any) -> Any:
                 def received(to: str, h: Any, of: Any) -> Any:
-                    here = {name: _of_layer(a, layer) for name, a in own[to].items()}
-                    kernel = _of_layer(post[to][f"{path}/kernel"], layer).astype(h.dtype)
-                    read = call.using(_across(here, call.module))(h, of, *args, **kwargs)
+                    here = {name: of_layer(a, layer) for name, a in own[to].items()}
+                    kernel = of_layer(post[to][f"{path}/kernel"], layer).astype(h.dtype)
+                    read = call.using(across(here, call.module))(h, of, *args, **kwargs)
                     return strength(read @ kernel, weight)
 
                 x, y = pair.cut(h)
@@ -142,7 +155,7 @@ class UniCon:
     def places(self, base: PyTree) -> list[str]:
         """The paths of the self-attentions that targets names.   Raises: ValueError: none."""
         found = [path.removesuffix("/qkv/kernel") for path, _ in named(base) if path.endswith("/qkv/kernel")]
-        found = [path for path in found if re.search(self.targets, path)]
+        found = [path for path in found if pattern(self.targets, "targets").search(path)]
         if not found:
             raise ValueError(
                 f"targets={self.targets!r} names no self-attention of the network, where branches could meet"
@@ -170,7 +183,7 @@ def unicon(
     receives from each, with their weights.
     Args: rank: of the additions to the branch of y.   joint_rank: of those to the attention, default rank.   branch: regular
         expression of the kernels of the branch of y that change.   targets: of the paths of the self-attentions that join.
-    Raises: ValueError: a rank < 1; at init, targets or branch that name nothing.
+    Raises: ValueError: a rank < 1; at init, targets or branch that name nothing, a branch that names what both have in common.
 
     Reference: Li et al. 2024, arXiv:2410.11439.
 
@@ -181,145 +194,11 @@ def unicon(
     joint_rank = rank if joint_rank is None else joint_rank
     if min(rank, joint_rank) < 1:
         raise ValueError(f"unicon needs ranks >= 1; got rank={rank} and joint_rank={joint_rank}")
+    checked("targets", targets)
+    checked("branch", branch)
     return UniCon(rank, joint_rank, branch, targets)
-
-
-# ---------------------------------------------------------------------------------------------------- two branches
-
-
-class _Pair:
-    """Where the two branches of an adapter lie in the batch of one call: x first, then one y for each such adapter."""
-
-    def __init__(self, site: Site):
-        self.site, self.n = site, jax.tree.leaves(site.x)[0].shape[0]
-        self.at = self.n  # where y begins, known when the inputs are put together
-        self.given = None  # what the condition holds: "x", "y", or None
-
-    def inputs(self, x: Any, t: Any, cond: Any) -> tuple[Any, Any, Any]:
-        """Both parts along the batch."""
-        own, n = self.site.own, self.n
-        if isinstance(x, dict):
-            if set(x) != set(PARTS) or own is not None:
-                raise ValueError(
-                    'a pair must be {"x", "y"}, without a part in the condition; got parts '
-                    f"{sorted(x)} and {'no' if own is None else 'a'} condition. Put the adapter that takes the pair first"
-                )
-            t = t if isinstance(t, dict) else dict.fromkeys(PARTS, t)
-            first, second, times = x["x"], x["y"], [t["x"], t["y"]]
-        else:
-            self.given = next((part for part in PARTS if isinstance(own, dict) and set(own) == {part, "t"}), None)
-            if self.given is None or (self.given == "x" and x.shape[0] != n):
-                raise ValueError(
-                    'give the pair {"x", "y"} as the state, or one part as the state and the other in the condition of the '
-                    'adapter, as {"y": ..., "t": ...} or (of one adapter alone) {"x": ..., "t": ...}; got '
-                    + (f"{sorted(own)}" if isinstance(own, dict) else type(own).__name__)
-                )
-            first, second, times = x, jnp.asarray(own[self.given], x.dtype), [t, own["t"]]
-            if self.given == "x":
-                first, second, times = second, first, times[::-1]
-        if first.shape[1:] != second.shape[1:] or second.shape[0] != n:
-            raise ValueError(f"both parts of a pair need one shape; got {first.shape} and {second.shape}")
-        self.at = first.shape[0]
-        time = [
-            jnp.broadcast_to(jnp.asarray(s, first.dtype), (len(a),))
-            for s, a in zip(times, (first, second), strict=True)
-        ]
-        more = lambda a: jnp.concatenate([jnp.asarray(a), jnp.asarray(a)[:n]])
-        return jnp.concatenate([first, second]), jnp.concatenate(time), jax.tree.map(more, cond)
-
-    def output(self, y: Any) -> Any:
-        """The parts of the output that were asked for."""
-        if isinstance(self.site.x, dict) and self.given is None:
-            return dict(zip(PARTS, self.cut(y), strict=True))
-        return self.cut(y)[1] if self.given == "x" else y[: self.at]
-
-    def change(self, branch: PyTree, **more: Any) -> Change:
-        """The change of a call with the second branch on these parameters."""
-        around: dict[str, Any] = {}
-        for path, own in _layers(branch).items():
-            around[path] = self._parted(own, stacked(path) > 0)
-        around = {**around, **{p: _join(around.get(p), f) for p, f in more.pop("around", {}).items()}}
-        return Change(inputs=self.inputs, output=self.output, around=around, **more)
-
-    def cut(self, h: Any) -> tuple[Any, Any]:
-        """The two branches of an array."""
-        return h[: self.n], h[self.at : self.at + self.n]
-
-    def add(self, h: Any, to_x: Any, to_y: Any) -> Any:
-        """An array with something added to each branch."""
-        n, at = self.n, self.at
-        return jnp.concatenate([h[:n] + to_x, h[n:at], h[at : at + n] + to_y, h[at + n :]])
-
-    def _parted(self, own: PyTree, scanned: bool) -> Any:
-        """A layer on its own parameters for the second branch, which is the last of those that this call sees."""
-
-        def f(layer: Any, call: Call, *args: Any, **kwargs: Any) -> Any:
-            whole = self.at + self.n
-            batched = [a for a in jax.tree.leaves((args, kwargs)) if _rows(a) == whole]
-            if not batched:
-                return call(*args, **kwargs)
-            cut = lambda rows: jax.tree.map(lambda a: a[rows] if _rows(a) == whole else a, (args, kwargs))
-            (args1, kwargs1), (args2, kwargs2) = cut(slice(None, self.at)), cut(slice(self.at, None))
-            here = jax.tree.map(lambda a: _of_layer(a, layer), own)
-            return jax.tree.map(
-                lambda a, b: jnp.concatenate([a, b]), call(*args1, **kwargs1), call.using(here)(*args2, **kwargs2)
-            )
-
-        return per_layer(f) if scanned else lambda call, *args, **kwargs: f(None, call, *args, **kwargs)
-
-
-def _layers(params: PyTree, path: str = "") -> dict[str, PyTree]:
-    """The outermost modules that hold arrays of their own, by path.   Raises: ValueError: the network itself does."""
-    if any(not isinstance(a, dict) for a in params.values()):
-        if not path:
-            raise ValueError(
-                f"the network holds arrays itself ({sorted(params)}), so its branches cannot be told apart"
-            )
-        return {path: params}
-    found: dict[str, PyTree] = {}
-    for name, inner in params.items():
-        found |= _layers(inner, f"{path}/{name}" if path else name)
-    return found
-
-
-def _alone(site: Site) -> Site:
-    """A site with the part x of a pair as the state."""
-    x = site.x["x"] if isinstance(site.x, dict) else site.x
-    return site._replace(x=x, t=site.t["x"] if isinstance(site.t, dict) else site.t)
-
-
-def _across(params: dict[str, Any], module: Any) -> PyTree:
-    """Self-attention's parameters as those of attention to tokens."""
-    if not isinstance(module, Attention):
-        raise ValueError(
-            f"branches meet in attentions of type Attention; got {type(module).__name__}. Choose other targets"
-        )
-    cut = {}
-    for name in [n for n in params if n.startswith("qkv/")]:
-        a = params.pop(name)
-        each = a.reshape(*a.shape[:-1], module.heads, 3, -1)  # columns are sorted by head, then by q, k, v
-        kind = name.removeprefix("qkv")
-        cut[f"q_in{kind}"] = each[..., :1, :].reshape(*a.shape[:-1], -1)
-        cut[f"kv{kind}"] = each[..., 1:, :].reshape(*a.shape[:-1], -1)
-    return nested({**params, **cut})
 
 
 def _below(path: str, flat: dict[str, Any]) -> dict[str, Any]:
     """The arrays of the module at a path, by their paths in it."""
     return {name.removeprefix(f"{path}/"): a for name, a in flat.items() if name.startswith(f"{path}/")}
-
-
-def _of_layer(a: Any, layer: Any) -> Any:
-    """What belongs to one of the scanned layers."""
-    return a if layer is None else jax.lax.dynamic_index_in_dim(jnp.asarray(a), layer, keepdims=False)
-
-
-def _rows(a: Any) -> int | None:
-    return a.shape[0] if getattr(a, "ndim", 0) else None
-
-
-def _join(f: Any, g: Any) -> Any:
-    """g, where no f is."""
-    if f is not None:
-        raise ValueError("the branches meet in a module that holds arrays itself")
-    return g
