@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from diffjax.adapters.core import Site, added
 from diffjax.numerics import PyTree
 from diffjax.training import CheckpointError, export_safetensors, load_safetensors
 from diffjax.training.partial import named, nested
@@ -49,7 +50,8 @@ def load_adapter(path: Any, base: PyTree | None = None) -> tuple[Any, PyTree, di
     """The adapter of a file, its parameters, and what else the file says.
 
     Args: path: from `save_adapter`.   base: parameters of the network that it shall work beside; None does not compare.
-    Raises: CheckpointError: no such file, damaged, not an adapter, of an unknown kind, or made for another network.
+    Raises: CheckpointError: no such file, damaged, not an adapter, of an unknown kind, incomplete, or made for another
+    network.
     """
     found = load_safetensors(path)
     text = dict(found.metadata)
@@ -67,7 +69,14 @@ def load_adapter(path: Any, base: PyTree | None = None) -> tuple[Any, PyTree, di
             f"{path} holds an adapter for another network: its base has the fingerprint {fits[:12]}, this one has "
             f"{fingerprint(base)[:12]} ({len(jax.tree.leaves(base))} arrays). Names and shapes of all parameters must agree"
         )
-    return adapter, nested(found.params), {key: value for key, value in text.items() if key != "kind"}
+    own = nested(found.params)
+    if base is not None and hasattr(adapter, "delta"):
+        whole = lambda base, own: added(base, adapter.delta(own, Site(None, base, None, None, None, None), None))
+        try:
+            jax.eval_shape(whole, base, own)
+        except (ValueError, TypeError) as error:
+            raise CheckpointError(f"{path} holds an adapter that does not fit its own description: {error}") from None
+    return adapter, own, {key: value for key, value in text.items() if key != "kind"}
 
 
 def describe(adapter: Any) -> dict[str, Any]:

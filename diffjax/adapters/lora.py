@@ -15,6 +15,7 @@ from diffjax.networks.layers import fan_in_uniform
 from diffjax.networks.taps import tap_names
 from diffjax.numerics import PyTree
 from diffjax.training.partial import named, nested
+from diffjax.training.patterns import checked, pattern
 
 Rank = int | tuple[tuple[str, int], ...]
 
@@ -31,6 +32,7 @@ class LoRA:
     alpha: float | None
     targets: str
     parts: tuple[str, ...] = ()
+    told = False
 
     def init(self, key: Any, site: Site) -> PyTree:
         """Fresh factors, `up` from zero; see `lora` for their places and shapes."""
@@ -61,6 +63,7 @@ class LoRA:
     def delta(self, params: PyTree, site: Site, weight: Any) -> dict[str, Any]:
         """What is added to each kernel."""
         low = dict(named(params))
+        check_pairs(low)
 
         def product(path: str) -> Any:  # [..., n_in, n_out] or [..., n_in, heads, D]
             down, up = low[path + "/down"], low[path + "/up"]
@@ -84,10 +87,16 @@ class LoRA:
 
         held = {path.rpartition("/")[0] for path in low}
         held |= {path.rpartition("/")[0] for path in held}
-        found = {path: whole(path, a) for path, a in self.kernels(site.base).items() if path in held}
+        kernels = self.kernels(site.base)
+        found = {path: whole(path, a) for path, a in kernels.items() if path in held}
         if strange := [path for path in low if not any(path.startswith(kernel + "/") for kernel in found)]:
             raise ValueError(
                 f"the network has no parameters for {strange[:3]}: the adapter was made for another one, or with other targets"
+            )
+        if bare := [path for path in kernels if path not in held and self._changes(path)]:
+            raise ValueError(
+                f"the adapter's parameters lack the factors of {bare[:4]}{' ...' if len(bare) > 4 else ''}, {len(bare)} of "
+                f"{len(kernels)} kernels that targets={self.targets!r} names: they are incomplete, or of another adapter"
             )
         return found
 
@@ -106,7 +115,12 @@ class LoRA:
     def _rank(self, path: str) -> int:
         if isinstance(self.rank, int):
             return self.rank
-        return next((r for pattern, r in self.rank if re.search(pattern, path)), 0)
+        return next((r for text, r in self.rank if pattern(text, "rank").search(path)), 0)
+
+    def _changes(self, path: str) -> bool:
+        """Whether a kernel has one of the parts, or is changed as a whole."""
+        match = PROJECTION.match(path) if self.parts else None
+        return match is None or bool(set(self.parts) & set(KINDS[match[2]]))
 
     def _heads(self, kernels: dict[str, Any], site: Site) -> dict[str, int]:
         """How many heads the projections of attention have: the taps of their queries tell."""
@@ -139,7 +153,7 @@ def lora(
         found in stays as it is.   alpha: > 0, default r.   targets: regular expression of the paths of what changes, of
         two axes or more: kernels, or tables of embeddings.   parts: which of "q", "k", "v" change in the projections of
         attention that targets names, each with factors of its own; default the fused kernel as one matrix.
-    Raises: ValueError: out of range; at init, targets that name nothing, parts that the network does not tell apart.
+    Raises: ValueError: out of range, no regular expression; at init, targets that name nothing, parts that it does not tell apart.
 
     Example:
         >>> lora(rank=8, targets=r"attention/(qkv|out)/kernel$").alpha
@@ -154,6 +168,9 @@ def lora(
         raise ValueError(f"lora needs rank >= 1 and alpha > 0; got rank={rank} and alpha={alpha}")
     if not set(parts) <= set("qkv") or len(set(parts)) != len(parts):
         raise ValueError(f'parts must be some of "q", "k", "v"; got {parts!r}')
+    checked("targets", targets)
+    if not isinstance(rank, int):
+        checked("rank", *(text for text, _ in rank))
     if alpha is None and isinstance(rank, int):
         alpha = float(rank)
     return LoRA(
@@ -164,10 +181,23 @@ def lora(
     )
 
 
+def check_pairs(low: dict[str, Any]) -> None:
+    """Refuse factors without the other of their pair.   low: by path.   Raises: ValueError: by name."""
+    held: dict[str, set[str]] = {}
+    for name in low:
+        path, _, which = name.rpartition("/")
+        held.setdefault(path, set()).add(which)
+    if half := [f"{path} (has {', '.join(sorted(own))})" for path, own in held.items() if own != {"down", "up"}]:
+        raise ValueError(
+            f"LoRA needs a pair `down` and `up` at each path; got {len(half)} paths with other arrays: {', '.join(half[:4])}. "
+            "The parameters are incomplete; take all that `init` made"
+        )
+
+
 def targeted(base: PyTree, targets: str) -> dict[str, Any]:
     """The arrays of a network whose paths `targets` is found in.   Raises: ValueError: none."""
     leaves = dict(named(base))
-    found = {path: a for path, a in leaves.items() if re.search(targets, path)}
+    found = {path: a for path, a in leaves.items() if pattern(targets, "targets").search(path)}
     if not found:
         raise ValueError(
             f"targets={targets!r} names no array of the network; it has {', '.join(sorted(leaves)[:8])} ..."

@@ -24,15 +24,16 @@ from diffjax.interop.rules import Rule, shown
 from diffjax.interop.tensors import SUFFIX, open_tensors, write
 from diffjax.numerics import PyTree
 from diffjax.training import CheckpointError, partial
+from diffjax.training.patterns import pattern as compiled
 
 METADATA = "lora_adapter_metadata"  # of PEFT's configuration, as diffusers writes it
 FILE = "pytorch_lora_weights" + SUFFIX  # the name that diffusers gives to it
 WRAPPERS = r"^(base_model\.model\.|model\.)?"
-ENDINGS = {  # pattern at the end of a name -> what stands there
+ENDINGS = {  # pattern at the end of a name, with the name of an adapter -> what stands there
     r"\.lora_A(\.\w+)?\.weight$": "down", r"\.lora_B(\.\w+)?\.weight$": "up",
-    r"[._]lora\.down\.weight$": "down", r"[._]lora\.up\.weight$": "up",
-    r"\.lora_down\.weight$": "down", r"\.lora_up\.weight$": "up",
-    r"\.alpha$": "alpha",
+    r"[._]lora\.down()\.weight$": "down", r"[._]lora\.up()\.weight$": "up",
+    r"\.lora_down()\.weight$": "down", r"\.lora_up()\.weight$": "up",
+    r"()\.alpha$": "alpha",
 }  # fmt: skip
 LAYOUTS = ("peft", "kohya")
 WAY_OUT = (
@@ -44,8 +45,8 @@ WAY_OUT = (
 class Found(NamedTuple):
     """Where the factors of one of their layers are in a file."""
 
-    down: str | None = None
-    up: str | None = None
+    down: str
+    up: str
     alpha: str | None = None
 
 
@@ -145,31 +146,54 @@ def prefix_of(model: Pretrained) -> str:
 
 
 def sort(tensors: Any, places: Mapping[str, Any], prefix: str, ignored: Sequence[str] = ()) -> dict[str, Found]:
-    """Their layers -> where the factors are.   Raises: CheckpointError: what has no place here, by name."""
+    """Their layers -> where the factors are.
+
+    Raises: CheckpointError: what has no place here, a factor without the other, layers with factors of several adapters: by
+    name.
+    """
     flat = {name.replace(".", "_"): name for name in places}
-    found: dict[str, Found] = {}
-    odd = []
+    pairs: dict[str, dict[str, dict[str, str]]] = {}  # layer -> name of an adapter -> role -> tensor
+    alphas: dict[str, str] = {}
+    odd, twice = [], []
     for stored in tensors:
-        if any(re.search(pattern, stored) for pattern in ignored):
+        if any(compiled(text, "ignored").search(stored) for text in ignored):
             continue
-        ends = ((re.sub(pattern, "", stored), role) for pattern, role in ENDINGS.items() if re.search(pattern, stored))
-        stem, role = next(ends, (stored, None))
-        name = layer_of(stem, places, flat, prefix)
-        if role is None or name is None:
+        ends = ((re.search(ending, stored), role) for ending, role in ENDINGS.items())
+        end, role = next(((end, role) for end, role in ends if end), (None, None))
+        name = None if end is None else layer_of(stored[: end.start()], places, flat, prefix)
+        if name is None:
             odd.append(stored)
             continue
-        found[name] = found.get(name, Found())._replace(**{role: stored})
-    if odd or not found:
+        held = alphas if role == "alpha" else pairs.setdefault(name, {}).setdefault((end[1] or "").lstrip("."), {})
+        key = name if role == "alpha" else role
+        if key in held:
+            twice.append(f"{held[key]} and {stored}")
+        held[key] = stored
+    if odd or not pairs:
         raise CheckpointError(
             f"{tensors.source} has {len(odd)} tensors that are no LoRA factors of layers of this network: {shown(odd)}. "
             f"Its layers are such as {', '.join(list(places)[:3])}. {WAY_OUT}"
             if odd
             else f"{tensors.source} has no LoRA factors. {WAY_OUT}"
         )
-    half = [name for name, place in found.items() if place.down is None or place.up is None]
+    if twice:
+        raise CheckpointError(f"{tensors.source} has the same factor under two names: {shown(twice)}. Leave one out")
+    one = [(name, roles) for name, by_adapter in pairs.items() for roles in by_adapter.values()]
+    half = [f"{name} ({stored})" for name, roles in one if len(roles) < 2 for stored in roles.values()]
+    half += [f"{name} ({stored})" for name, stored in alphas.items() if name not in pairs]
     if half:
-        raise CheckpointError(f"{tensors.source} has one of two factors alone, of {shown(half)}")
-    return found
+        raise CheckpointError(
+            f"{tensors.source} has one of two factors alone, of {shown(sorted(half))}: the file is incomplete. A layer needs "
+            "both, lora_A and lora_B or lora_down and lora_up, of one adapter; save it again, or leave these out by "
+            "ignored=(...)"
+        )
+    if several := {name: sorted(by_adapter) for name, by_adapter in pairs.items() if len(by_adapter) > 1}:
+        name, names = next(iter(several.items()))
+        raise CheckpointError(
+            f"{tensors.source} has {len(several)} layers with factors of several adapters, such as {name} of "
+            f"{', '.join(repr(n) for n in names)}. Leave all but one out by ignored=(...), and load them one after the other"
+        )
+    return {name: Found(**next(iter(by.values())), alpha=alphas.get(name)) for name, by in pairs.items()}
 
 
 def layer_of(stem: str, places: Mapping[str, Any], flat: Mapping[str, str], prefix: str) -> str | None:
@@ -195,6 +219,7 @@ def scale_reader(metadata: Mapping[str, str], prefix: str) -> Any:
         page = json.loads(metadata[METADATA])
         own = {key.removeprefix(f"{prefix}."): a for key, a in page.items()}
         alpha, patterns = own.get("lora_alpha"), dict(own.get("alpha_pattern") or {})
+        ends = {compiled(rf"(.*\.)?({key})$", "alpha_pattern"): value for key, value in patterns.items()}
     except (ValueError, AttributeError, TypeError) as error:
         raise CheckpointError(f"the metadata {METADATA} are no configuration of PEFT: {error}") from None
     plain = {
@@ -209,7 +234,7 @@ def scale_reader(metadata: Mapping[str, str], prefix: str) -> Any:
             )
 
     def read(name: str, rank: int) -> float:
-        match = (a for key, a in patterns.items() if re.match(rf"(.*\.)?({key})$", name))
+        match = (a for end, a in ends.items() if end.match(name))
         found = float(next(match, rank if alpha is None else alpha))
         return found * math.sqrt(rank) if own.get("use_rslora") else found  # it divides by sqrt(r), we by r
 
