@@ -22,6 +22,20 @@ Cut = tuple  # for each axis of an array: the mesh axis that divides it, or None
 SUMS = ("reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or", "argmax", "argmin")
 
 
+class Inside(str):
+    """The mesh axis that divides an axis which is merged with others before it, as rows of a dense layer are.
+
+    Traced without a mesh, `layers.product` merges what it leaves alone when the axis is cut.
+    """
+
+    before: int  # product of the axes in front of it
+
+    def __new__(cls, axis: str, before: int) -> Inside:
+        made = super().__new__(cls, axis)
+        made.before = before
+        return made
+
+
 @dataclasses.dataclass
 class Follower:
     """Cuts of a program's values; what devices send each other in its forward pass and in the gradient's backward pass.
@@ -156,14 +170,20 @@ class Follower:
         return [tuple(None if j == i else c for j, c in enumerate(cut))] * len(eqn.outvars)
 
     def reshape(self, eqn: Any, cuts: list[Cut], *_: int) -> list[Cut]:
-        """A cut stays on the axis that begins where its own began, if that can be divided."""
+        """A cut stays on the axis that begins where its own began, if that can be divided, or inside merged rows."""
         old, new = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
         begin = {math.prod(new[:j]): j for j in range(len(new)) if new[j] > 1}  # the product of the axes before
+        rows = len(new) == 2 and old[-1:] == new[-1:]
         cut = [None] * len(new)
         for i, axis in enumerate(cuts[0]):
-            j = begin.get(math.prod(old[:i]))
-            if axis is not None and j is not None and new[j] % self.sizes[axis] == 0:
-                cut[j] = axis
+            if axis is None:
+                continue
+            start = math.prod(old[:i]) * getattr(axis, "before", 1)
+            j = begin.get(start)
+            if j is not None and new[j] % self.sizes[axis] == 0:
+                cut[j] = str(axis)
+            elif rows and start < new[0]:
+                cut[0] = Inside(axis, start)
         return [tuple(cut)]
 
     def broadcast(self, eqn: Any, cuts: list[Cut], *_: int) -> list[Cut]:
