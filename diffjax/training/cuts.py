@@ -31,6 +31,7 @@ class Inside(str):
     before: int  # product of the axes in front of it
 
     def __new__(cls, axis: str, before: int) -> Inside:
+        """The axis with what is before it."""
         made = super().__new__(cls, axis)
         made.before = before
         return made
