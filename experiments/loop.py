@@ -12,11 +12,14 @@ def trainer(
     """A compiled `(params, arrays, seed=0) -> averaged parameters` after `steps` batches drawn with replacement.
 
     model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}, each an array or a pytree.
+    rate: of learning, with a warm-up and a linear fall over the second half, or a schedule.   decay: of the average, or one
+    of `training.ema`.
     marks: stops, equally far from each other, at which the average is kept; with more than one, the leaves of the result
     are [marks, ...].   condition, trainable: see `make_train_step`; what is not trained comes back as it was.
     """
-    optimizer = training.adamw(training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1)), clip=1.0)
-    emas = {"mean": training.ema.decay(decay if steps > 500 else 0.9)}
+    schedule = rate if callable(rate) else training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1))
+    optimizer = training.adamw(schedule, clip=1.0)
+    emas = {"mean": decay if callable(decay) else training.ema.decay(decay if steps > 500 else 0.9)}
     step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition, trainable=trainable)
 
     @jax.jit

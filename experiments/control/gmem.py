@@ -4,12 +4,18 @@ The snippet of a picture is what a frozen encoder says of it, normalised: here 1
 label. The flow is trained with the snippet of the clean picture as its condition, now and then without, on the digits 0 to 8.
 For sampling a snippet is drawn from the memory, S ~ C B, the truncated SVD of all snippets of the training pictures.
 
-`steps_ratio` is how many times fewer steps the network with snippets needs to reach the loss that the same network with labels
-has at its end, on held-out pictures, with their snippets. `svd_mmd_ratio` is the MMD^2 (to held-out pictures, means of three
-draws) of what is drawn from a memory of rank 40 of 160, over that from the whole memory, and `svd_numbers` its size in that of
-the whole. `new_accuracy` is of a judge that is to find the nine: the memory gets the snippets of twenty nines, which the network
-has never seen, and draws from those; `new_before` is that of the network with a condition of the old snippets, `mixed_accuracy`
-of points half-way between two of the twenty.
+`steps_ratio` is how many times fewer steps the network with snippets needs to reach the least loss that the same network with
+labels ever has, on held-out pictures with their snippets and always the same noise, between marks of 40 steps linearly; of two
+pairs of networks, the smaller. Both learn at a constant rate, as the published networks do, and are averaged over the same share
+of their steps. It was 2.9 with 1500 batches of 64, a rate that fell to nothing and an average over 200 steps, which help at the
+end of a run, not after a third of it; it grows with the run, and here is 3.5 if both end after 1480 steps.
+
+`mmd` is the distance, with its bias and so above zero, of what is drawn from the whole memory to held-out pictures;
+`svd_mmd_ratio` that of draws from a memory of rank 40 of 160 in terms of it, `few_mmd_ratio` of rank 4, and `svd_numbers` the
+size of the first in that of the whole. The unbiased squares were below zero, and no ratio of theirs says anything.
+`new_accuracy` is of a judge that is to find the nine: the memory gets the snippets of twenty nines, which the network has never
+seen, and draws from those; `new_before` is that of the network with a condition of the old snippets, `mixed_accuracy` of points
+half-way between two of the twenty.
 
 With 64 features of a classifier of the digits 0 to 8, at norm one instead of one for each feature, the ratio of steps was 1.9, and
 the nine was found in .27 of the pictures: the encoder must say more than which of the old digits it is.
@@ -20,34 +26,52 @@ import jax.numpy as jnp
 import numpy as np
 
 import diffjax
-from diffjax import data, losses, metrics, networks, solvers, times
+from diffjax import data, losses, metrics, networks, solvers, times, training
 from diffjax.data.memory import normalised
-from experiments.control import bases
+from experiments.control import bases, runs
 from experiments.loop import trainer
 from experiments.recipe import Recipe, at_least, at_most
 
 RECIPE = Recipe(
     ledger=256,
     paper="arXiv:2412.08781",
-    claim="with a memory of snippets a flow reaches the loss of the flow with labels in a third of the steps; a quarter of the "
-    "memory is enough, and twenty snippets of a new class are drawn without training",
+    claim="with a memory of snippets a flow reaches the least loss of the flow with labels in a third of the steps; a quarter of "
+    "the memory is enough, a fortieth is not, and twenty snippets of a new class are drawn without training",
     expect={
         "steps_ratio": at_least(3.0),
         "svd_mmd_ratio": at_most(1.1),
+        "few_mmd_ratio": at_least(1.1),
         "svd_numbers": at_most(0.35),
         "new_accuracy": at_least(0.5),
         "new_before": at_most(0.05),
     },
     minutes=2,
 )
-NEW, RANK, MARKS = 9, 40, 20
+NEW, RANK, FEW, MARKS = 9, 40, 4, 60
+
+
+def reached(curve, goal):
+    """After what share of the training a curve is down at a goal, between two marks linearly; infinite if never."""
+    below = np.flatnonzero(curve <= goal)
+    if not below.size:
+        return np.inf
+    i = below[0]
+    return (i + ((curve[i - 1] - goal) / (curve[i - 1] - curve[i]) if i else 1.0)) / len(curve)
+
+
+def mmd(x, reference):
+    """The distance of two sets of pictures, never below zero.   (E k(x, x') + E k(r, r') - 2 E k(x, r))^{1/2}"""
+    x, reference = (np.asarray(a).reshape(len(a), -1) for a in (x, reference))
+    h = metrics.median_distance(reference)
+    mean = lambda a, b: np.exp(-np.square(a[:, None] - b[None]).sum(-1) / (2 * h * h)).mean()
+    return (mean(x, x) + mean(reference, reference) - 2 * mean(x, reference)) ** 0.5
 
 
 def run(preset):
     full = preset == "full"
-    steps, batch, n, width, depth = (1500, 64, 400, 48, 3) if full else (20, 4, 8, 8, 1)
+    steps, seeds, batch, n, width, depth = (2400, 2, 32, 400, 48, 3) if full else (MARKS, 1, 4, 8, 8, 1)
     judge = bases.judge(full)
-    seen, held = ({k: np.asarray(a) for k, a in bases.digits(split).items()} for split in ("train", "test"))
+    seen, held = bases.numpy_digits("train"), bases.numpy_digits("test")
     old = seen["label"] != NEW
     encoder = metrics.random_convolution()
     mean, std = (f(encoder(seen["x"][old]), axis=0) for f in (np.mean, np.std))
@@ -67,21 +91,28 @@ def run(preset):
         model = lambda p, net=net, null=null: diffjax.denoiser(net, bases.PROCESS, diffjax.from_velocity, p, null=null)
         pick = lambda arrays, name=name: {k: arrays[k] for k in ("x", name)}
         cond = lambda batch, name=name: {name: batch[name]}
-        start = net.init(
-            jax.random.key(0), train["x"][:1], jnp.zeros(1), cond(jax.tree.map(lambda a: a[:1], pick(train)))
+        one = runs.first(pick(train))
+        start = jax.jit(lambda key, net=net, one=one, cond=cond: net.init(key, one["x"], jnp.zeros(1), cond(one)))
+        fit = trainer(
+            model,
+            losses.flow_matching(label_drop=0.1),
+            steps,
+            batch=batch,
+            rate=training.optimizer.constant(1e-3, warmup=100),
+            decay=training.ema.power(0.1),
+            marks=MARKS,
+            condition=cond,
         )
-        run = trainer(model, losses.flow_matching(label_drop=0.1), steps, batch=batch, marks=MARKS, condition=cond)
-        path = run(start, pick(train))
         again = {k: jnp.concatenate([jnp.asarray(a)] * 4) for k, a in pick(test).items()}
         error = lambda p, model=model, cond=cond, again=again: losses.flow_matching(label_drop=0.0)(
             jax.random.key(9), model(p), again["x"], cond(again)
         )[0].mean()
-        curves[name] = np.asarray(jax.jit(lambda path, error=error: jax.lax.map(error, path))(path))
-        found[name] = model(jax.tree.map(lambda a: a[-1], path))
-    goal, curve = curves["label"].min(), curves["vector"]
-    below = np.flatnonzero(curve <= goal)
-    i = below[0] if below.size else MARKS - 1
-    back = (goal - curve[i]) / (curve[i - 1] - curve[i]) if below.size and i else 0.0
+        errors = jax.jit(lambda path, error=error: jax.lax.map(error, path))
+        paths = [fit(start(jax.random.key(seed)), pick(train), seed) for seed in range(seeds)]
+        curves[name] = np.stack([errors(path) for path in paths])
+        found[name] = model(jax.tree.map(lambda a: a[-1], paths[0]))
+    goals = curves["label"].min(axis=1)
+    ratios = [1 / reached(curve, goal) for curve, goal in zip(curves["vector"], goals, strict=True)]
 
     solver = solvers.heun(bases.PROCESS, times.uniform(15))
 
@@ -90,32 +121,31 @@ def run(preset):
         x = bases.PROCESS.prior(jax.random.key(seed), (len(vector), 8, 8, 1))
         return diffjax.sample(jax.random.key(2), denoiser.bind({"vector": vector}), solver, x)
 
-    flat = lambda x: jnp.asarray(x).reshape(len(x), -1)
-    score = jax.jit(metrics.mmd_to(flat(test["x"])))
-    small = data.memory(snippets(seen["x"][old]), rank=min(RANK, bank.basis.shape[0]))
-    mmds = {}
-    for name, memory in (("whole", bank), ("svd", small)):
-        drawn = [draw(found["vector"], scaled(memory.draw(jax.random.key(s), jnp.arange(n))), s) for s in range(3)]
-        mmds[name] = np.mean([float(score(flat(x))) for x in drawn])
-        if name == "whole":
-            before = judge.predict(np.asarray(drawn[0]))
+    ranks = {"svd": RANK, "few": FEW}
+    memories = {k: data.memory(snippets(seen["x"][old]), rank=min(r, *bank.basis.shape)) for k, r in ranks.items()}
+    drawn = {}
+    for name, memory in ({"whole": bank} | memories).items():
+        parts = [draw(found["vector"], scaled(memory.draw(jax.random.key(s), jnp.arange(n))), s) for s in range(3)]
+        drawn[name] = np.concatenate(parts)
+    mmds = {name: mmd(x, test["x"]) for name, x in drawn.items()}
     more = bank.with_more(snippets(nines), grow=0)
     nth = bank.size + np.arange(100 if full else 4) % len(nines)
     new = np.asarray(draw(found["vector"], scaled(more.read(nth)), 7))
     mixed = np.asarray(draw(found["vector"], scaled(more.mixed(nth, np.roll(nth, 3), 0.5)), 8))
     return {
-        "steps_ratio": steps / (steps / MARKS * (i + 1 - back)),
-        "label_loss": curves["label"][-1],
-        "memory_loss": curve[-1],
-        "whole_mmd": mmds["whole"],
-        "svd_mmd": mmds["svd"],
-        "mmd_floor": float(score(flat(train["x"][:n]))),
+        "steps_ratio": min(ratios),
+        "steps_ratio_most": max(ratios),
+        "label_loss": goals.mean(),
+        "memory_loss": curves["vector"].min(axis=1).mean(),
+        "mmd": mmds["whole"],
+        "mmd_of_training_pictures": mmd(train["x"], test["x"]),
         "svd_mmd_ratio": mmds["svd"] / mmds["whole"],
-        "svd_numbers": small.numbers / bank.numbers,
+        "few_mmd_ratio": mmds["few"] / mmds["whole"],
+        "svd_numbers": memories["svd"].numbers / bank.numbers,
         "new_accuracy": np.mean(judge.predict(new) == NEW),
-        "new_before": np.mean(before == NEW),
+        "new_before": np.mean(judge.predict(drawn["whole"]) == NEW),
         "mixed_accuracy": np.mean(judge.predict(mixed) == NEW),
-        "curves": np.stack([curves["label"], curve]),
+        "curves": np.stack([curves["label"], curves["vector"]]),
         "nines_grid": nines,
         "new_grid": new[:20],
         "mixed_grid": mixed[:20],

@@ -77,7 +77,7 @@ def run(preset):
     loss = losses.flow_matching(label_drop=0.0)
 
     def captioned(split, layers, seed):
-        digits = {k: np.asarray(a) for k, a in bases.digits(split).items()}
+        digits = bases.numpy_digits(split)
         dark = np.random.default_rng(seed).integers(0, 2, len(digits["x"]))
         x = np.where(dark[:, None, None, None] == 1, -digits["x"], digits["x"])
         return {"x": x, "layers": states[dark, digits["label"]][:, :, layers]}

@@ -44,7 +44,7 @@ def run(preset):
     full = preset == "full"
     steps, n = (1200, 100) if full else (4, 4)
     base, judge = bases.load("text", preset), bases.judge(full)
-    digits = {name: np.asarray(a) for name, a in bases.digits("train").items()}
+    digits = bases.numpy_digits("train")
     ones, sevens = (digits["x"][digits["label"] == k] for k in (ONE, SEVEN))
     hands = KMeans(2, n_init=4, random_state=0).fit(ones.reshape(len(ones), -1))
     hand = np.argmin(np.bincount(hands.labels_))
