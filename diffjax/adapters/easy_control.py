@@ -208,12 +208,12 @@ def check_cache(cache: dict[str, Any], at: dict[str, dict[str, Any]], items: int
         lead, heads = (items, *own["gate"].shape), own["up"].shape[-2:]
         pair = cache[path] if isinstance(cache[path], (tuple, list)) else ()
         shapes = [tuple(getattr(a, "shape", ())) for a in pair]
-        if len(shapes) != 2 or shapes[0] != shapes[1] or shapes[0][len(lead) :][1:] != heads:
+        if len(shapes) != 2 or shapes[0] != shapes[1] or (*shapes[0][1:-3], *shapes[0][-2:]) != (*lead[1:], *heads):
             raise ValueError(
                 f"the cache has {form_of(pair)} of {path}, where this adapter needs keys and values {[*lead, 'S', *heads]}: it "
                 f"is of another network. {anew}"
             )
-        if shapes[0][: len(lead)] != lead:
+        if shapes[0][0] != items:
             raise ValueError(
                 f"the cache is of a batch of {shapes[0][0]}, the state has {items} items: keys of {path} are "
                 f"{list(shapes[0])}. {anew}"

@@ -73,10 +73,10 @@ def wrong(cache, what):
 @pytest.mark.parametrize(
     ("what", "message"),
     [
-        ("batch", r"cache is of a batch of 2, the state has 3 items: keys of blocks/attention are \[2, 2, 4, 2, 4\]"),
+        ("batch", r"cache is of a batch of 2, the state has 3 items: keys of blocks/attention are \[2, 2, 2, 2, 4\]"),
         ("layers", "the cache has .*of another network"),
         ("heads", r"needs keys and values \[3, 2, 'S', 2, 4\]: it is of another network"),
-        ("values", r"the cache has \(float32 \[3, 2, 4, 2, 4\], float32 \[3, 2, 1, 2, 4\]\) of blocks/attention"),
+        ("values", r"the cache has \(float32 \[3, 2, 2, 2, 4\], float32 \[3, 2, 1, 2, 4\]\) of blocks/attention"),
         ("keys alone", "needs keys and values"),
         ("more", r"got a dict of \['blocks/attention', 'other/attention'\] where .*of another adapter"),
         ("picture", r"got a dict of \['image'\] where this adapter has \['blocks/attention'\]"),
