@@ -79,7 +79,7 @@ def test_bad_input():
         adapters.grounding(hidden=0)
     with pytest.raises(ValueError, match="hidden and frequencies must be"):
         adapters.grounded_control(frequencies=0)
-    with pytest.raises(ValueError, match="a dict of `tokens`, `boxes` and `mask`"):
+    with pytest.raises(ValueError, match=r"a dict with \[.tokens., .boxes.\], and may have \[.mask.\]"):
         start(adapters.grounding(), TOKENS)
     with pytest.raises(ValueError, match=r"boxes must be floats \[3, 2, 4\]"):
         start(adapters.grounded_control(), {**OBJECTS, "boxes": OBJECTS["boxes"][:, :1]})
