@@ -6,15 +6,18 @@ import jax.numpy as jnp
 from diffjax import training
 
 
-def train_seeds(model, loss, starts, fields, *, steps, batch, rate=2e-3, decay=0.99, every=None, schedule=None):
+def train_seeds(
+    model, loss, starts, fields, *, steps, batch, rate=2e-3, decay=0.99, every=None, schedule=None, wrap=lambda o: o
+):
     """Train from each of `starts` on random items of `fields` ({"x": [N, ...], ...}), compiled once.
 
+    wrap: the optimizer -> the one to use.
     Returns: for each start, the averaged parameters after every `every` steps, stacked, default after all of them.
     """
     every = every or steps
     warm = max(1, steps // 20)
     schedule = schedule or training.optimizer.linear_tail(rate, steps, warmup=warm)
-    optimizer = training.adamw(schedule, b2=0.99, clip=1.0)
+    optimizer = wrap(training.adamw(schedule, b2=0.99, clip=1.0))
     emas = {"mean": training.ema.decay(decay)}
     step = training.make_train_step(model, loss, optimizer, emas=emas)
     size = len(fields["x"])
