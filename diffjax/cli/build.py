@@ -15,12 +15,14 @@ import numpy as np
 from diffjax import adapters as adapters_
 from diffjax import data as data_
 from diffjax import guidance, losses, networks, numerics, prediction, processes, solvers, times
+from diffjax.cli import hinted
 from diffjax.cli import model as models
 from diffjax.cli.config import Adapter, Objective, Path, Sampler, Train, Training
 from diffjax.training import Layout, TrainStep, devices, dynamics, ema, make_train_step, optimizer
 from diffjax.types import Denoiser, Process, Solver
 
 TRAINED = "^adapters/"  # of the parameters of a run with an adapter
+ADAPTER = "adapter"  # the name of the adapter of a run beside the network
 AFFINE = 6  # numbers that describe the affine augmentation: five parameters, and whether there was one
 
 
@@ -59,9 +61,9 @@ class LabelsAlone:
 
     def __call__(self, params: Any, x: Any, t: Any, cond: Any, key: Any = None) -> Any:
         """The network's output."""
-        if self.vector and not isinstance(cond, dict):
-            zeros = jnp.zeros((x.shape[0], self.vector), x.dtype)
-            cond = {"vector": zeros} if cond is None else {"label": cond, "vector": zeros}
+        if self.vector and not (isinstance(cond, dict) and "vector" in cond):
+            given = cond if isinstance(cond, dict) else {} if cond is None else {"label": cond}
+            cond = {**given, "vector": jnp.zeros((x.shape[0], self.vector), x.dtype)}
         return self.fn(params, x, t, cond, key)
 
 
@@ -95,7 +97,7 @@ class ModelOf:
     num_classes: int | None
     vector: int  # length of the augmentation vector
     dropout: bool
-    fields: bool  # conditions are dicts, as in batches with an augmentation vector; else labels alone
+    fields: bool  # conditions are dicts, as where an adapter or an augmentation vector is told; else labels alone
     adapters: tuple[tuple[str, Any], ...] = ()  # beside the network
 
     def __call__(self, params: Any) -> Denoiser:
@@ -114,8 +116,13 @@ def adapters(config: Adapter) -> dict[str, Any]:
     """The adapter of a run by its name beside the network, or none."""
     if config.kind == "none":
         return {}
-    given = {} if config.targets is None else {"targets": config.targets}
-    return {"adapter": adapters_.CATALOGUE[config.kind].build(config.rank, **given)}
+    given = {
+        "lora": lambda: {"rank": config.rank} | ({} if config.targets is None else {"targets": config.targets}),
+        "controlnet": lambda: {"widths": config.widths},
+        "control_next": lambda: {"widths": config.widths},
+        "skip_tuner": lambda: {"rank": config.rank, "conditions": (config.hint,), "widths": config.widths},
+    }[config.kind]()
+    return {ADAPTER: adapters_.CATALOGUE[config.kind].build(**given)}
 
 
 def model(
@@ -132,10 +139,12 @@ def model(
     """
     vector = vector_size(config.training)
     module = models.network(config.model, shape, num_classes, vector)
+    beside = adapters(config.adapter) if others is None else others
     made = ModelOf(
         module, config.process, config.objective.prediction, num_classes, vector,
-        dropout=training and config.model.dropout > 0, fields=training and vector > 0,
-        adapters=tuple((adapters(config.adapter) if others is None else others).items()),
+        dropout=training and config.model.dropout > 0,
+        fields=training and vector > 0 or any(getattr(adapter, "told", True) for adapter in beside.values()),
+        adapters=tuple(beside.items()),
     )  # fmt: skip
     return losses.uncertainty().model(made) if training and config.objective.uncertainty else made
 
@@ -202,7 +211,7 @@ def train_step(config: Train, shape: tuple[int, ...], num_classes: int | None) -
         model(config, shape, num_classes, training=True),
         logged(loss(config.objective, num_classes), process(config.process), t.loss_bins), optimizer,
         emas=averages(t), accumulate=t.accumulate, learning_rate=schedule,
-        augment=None if t.augment == "none" else Augment(t.augment),
+        augment=augmentation(config),
         monitor=dynamics.magnitudes if t.magnitudes else None, noise_scale=t.noise_scale,
         trainable=None if config.adapter.kind == "none" else TRAINED,
     )  # fmt: skip
@@ -221,14 +230,28 @@ def averages(config: Training) -> dict[str, Any]:
     return classic | {f"power_{width}": ema.power(width) for width in config.ema_power}
 
 
+def augmentation(config: Train) -> Augment | None:
+    """What is done to the batches of a run, and what its adapter is told of them."""
+    kind, hint = config.training.augment, hinted.of(config.adapter)
+    if hint is not None:
+        return Augment(kind, hint, adapters(config.adapter)[ADAPTER])
+    return None if kind == "none" else Augment(kind)
+
+
 @dataclasses.dataclass(frozen=True)
 class Augment:
-    """The augmentation of a run as `(key, batch, items) -> batch`."""
+    """The augmentation of a run as `(key, batch, items) -> batch`, and the hint of what it gives."""
 
     kind: str
+    hint: hinted.Hint | None = None
+    adapter: Any = None  # that reads it
 
     def __call__(self, key: Any, batch: Any, items: Any) -> Any:
-        """The batch with `x` changed, and `vector` added if the network is told."""
+        """The batch with `x` changed, `vector` added if the network is told, and the hint if an adapter is."""
+        batch = batch if self.kind == "none" else self._moved(key, batch, items)
+        return batch if self.hint is None else {**batch, ADAPTER: hinted.told(self.adapter, self.hint(batch["x"]))}
+
+    def _moved(self, key: Any, batch: Any, items: Any) -> Any:
         keys = numerics.item_keys(key, items)
         if self.kind == "flip":
             return {**batch, "x": data_.augment.flip(keys, batch["x"])}
@@ -279,11 +302,14 @@ def shape_of(dataset: Any) -> tuple[int, ...]:
     return shape
 
 
-def zeros(shape: tuple[int, ...], num_classes: int | None, vector: int) -> tuple[Any, Any, Any]:
-    """Inputs of one item, to initialise a network with."""
+def zeros(
+    shape: tuple[int, ...], num_classes: int | None, vector: int, own: Mapping[str, Any] | None = None
+) -> tuple[Any, Any, Any]:
+    """Inputs of one item, to initialise a network with.   own: what adapters are told"""
     cond = {}
     if num_classes:
         cond["label"] = np.zeros(1, np.int32)
     if vector:
         cond["vector"] = np.zeros((1, vector), np.float32)
+    cond |= own or {}
     return np.zeros((1, *shape), np.float32), np.zeros(1, np.float32), cond or None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import jax
 
 from diffjax import networks
+from diffjax.cli import hinted
 from diffjax.cli import model as models
 from diffjax.cli.config import Adapter, Train
+from diffjax.data.hints import HINTS
 from diffjax.training import patterns
 
 Rule = tuple[Callable[[Any], bool], str]
@@ -42,6 +45,7 @@ RULES: dict[str, Rule] = {
     "objective.label_drop": (lambda v: 0 <= v <= 1, "in [0, 1]"),
     "latent_steps": COUNT,
     "adapter.rank": COUNT,
+    "adapter.widths": (lambda v: len(v) > 0 and min(v) >= 1, "one or more numbers of at least 1"),
     "training.steps": COUNT,
     "training.batch_size": COUNT,
     "training.learning_rate": POSITIVE,
@@ -95,9 +99,20 @@ def adapter(settings: Train) -> None:
     if settings.adapter.kind == "none":
         if settings.adapter != Adapter():
             raise ValueError(
-                "--adapter-rank and --adapter-targets are of an adapter; add --adapter lora, or leave them out"
+                "--adapter-rank, -targets, -hint and -widths are of an adapter; add --adapter lora or another, or leave them out"
             )
         return
+    own = settings.adapter
+    if own.kind in hinted.KINDS and own.hint is None:
+        raise ValueError(f"--adapter {own.kind} is told a hint; add --adapter-hint {' or '.join(HINTS)}")
+    takes = {"lora": ("rank", "targets"), "skip_tuner": ("rank", "hint", "widths")}.get(own.kind, ("hint", "widths"))
+    extra = [f.name for f in dataclasses.fields(own) if f.name != "kind" and f.name not in takes]
+    if extra := [name for name in extra if getattr(own, name) != getattr(Adapter(), name)]:
+        raise ValueError(
+            f"--adapter {own.kind} takes no --adapter-{extra[0]}; it takes {', '.join(f'--adapter-{name}' for name in takes)}"
+        )
+    if own.hint is not None and settings.latent is not None:
+        raise ValueError("--adapter-hint is made of pictures, and does not go with --latent; leave one of them out")
     patterns.checked("--adapter-targets", settings.adapter.targets or "")
     if settings.init is None:
         raise ValueError(

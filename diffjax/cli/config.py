@@ -89,12 +89,20 @@ class Objective:
 class Adapter:
     """What is trained beside the network of --init, which stays frozen. Options of that run are taken by --config."""
 
-    kind: Annotated[Literal["none", "lora"], tyro.conf.arg(aliases=["--adapter"])] = "none"
-    """none: the network itself is trained; lora: low-rank additions to its kernels"""
+    kind: Annotated[
+        Literal["none", "lora", "controlnet", "control_next", "skip_tuner"], tyro.conf.arg(aliases=["--adapter"])
+    ] = "none"
+    """none: the network itself is trained; lora: low-rank additions to its kernels; the others read a hint (unet)"""
     rank: Annotated[int, tyro.conf.arg(aliases=["--adapter-rank"])] = 8
-    """of the additions"""
+    """of the additions (lora), of the bottlenecks (skip_tuner)"""
     targets: Annotated[str | None, tyro.conf.arg(aliases=["--adapter-targets"])] = None
-    """regular expression of the kernels that change, such as attention/; default all"""
+    """regular expression of the kernels that change, such as attention/; default all (lora)"""
+    hint: Annotated[
+        Literal["edges", "blur", "low_resolution", "mask"] | None, tyro.conf.arg(aliases=["--adapter-hint"])
+    ] = None
+    """what is made of the pictures and told to the adapter (controlnet, control_next, skip_tuner)"""
+    widths: Annotated[tuple[int, ...], tyro.conf.arg(aliases=["--adapter-widths"])] = (16, 32)
+    """channels of the encoder of the hint"""
 
 
 @dataclasses.dataclass(frozen=True)

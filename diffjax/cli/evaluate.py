@@ -15,7 +15,7 @@ from rich.table import Table
 
 from diffjax import data as data_
 from diffjax import metrics
-from diffjax.cli import build, check, console
+from diffjax.cli import build, check, console, hinted
 from diffjax.cli import run as runs
 from diffjax.cli.config import Train
 from diffjax.cli.sample import draw, sampler_of
@@ -81,7 +81,7 @@ def scores(
 
     The reference and every set have the same size n; a floor is the mean over up to four disjoint sets of n items of the
     train split; the classifier is trained on the classifier split. With a latent `space` samples are decoded first; the data
-    set is that of the pictures. Returns: plain data for metrics.json.
+    set is that of the pictures. An adapter is told the hints of the test items. Returns: plain data for metrics.json.
     """
     sampler = settings.sampler
     most = min(len(dataset.split("test")), len(dataset.split("train")))
@@ -109,9 +109,12 @@ def scores(
     shape = tuple(dataset.shape)
     if space is not None:
         shape = jax.eval_shape(space.encode, jax.ShapeDtypeStruct((1, *shape), real.dtype)).shape[1:]
+    hint = hinted.of(settings.adapter)
+    asked = None if hint is None else np.asarray(hint(real))
+    own = {name: hinted.told(a, asked) for name, a in build.adapters(settings.adapter).items()} if hint else {}
     for i in range(sampler.seeds):
         fake = draw(
-            jax.random.key(seed + i), guided, solver, size, shape, labels,
+            jax.random.key(seed + i), guided, solver, size, shape, labels, own=own,
             title=f"samples for the scores, seed {i + 1} of {sampler.seeds}",
         )  # fmt: skip
         fake = fake if space is None else space.decode_all(fake)
@@ -124,6 +127,8 @@ def scores(
             metrics.distribution_scores(real, other, fake, extractors, floors=results[0] if results else None)
         )
         extra = metrics.score(metrics.memorisation(train, real), fake)
+        if hint is not None:
+            extra |= hinted.errors(np.asarray(hint(fake)), asked)
         if classifier is not None:
             extra["label_accuracy"] = classifier.accuracy(fake, labels)
         more.append(extra)
@@ -142,6 +147,7 @@ MORE = {  # of `other`: what it is called, and what a faithful model gives
     "nn": ("nearest training item, to held-out's", 1.0),
     "near": ("share close to training items", 0.05),
     "near_copies": ("copies of training items", None),
+    "hint_error": ("error of the samples' hints, to those of others", "hint_error_of_others"),
     "label_accuracy": ("label accuracy", "classifier_test_accuracy"),
     "classifier_test_accuracy": ("classifier test accuracy", None),
 }

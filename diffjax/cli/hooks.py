@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax import networks, numerics, prediction
-from diffjax.cli import build, config, console
+from diffjax.cli import build, config, console, hinted
 from diffjax.cli import model as models
 from diffjax.cli.sample import choose_labels, draw, drawable, save_grid
 from diffjax.training import Hook, hosts, snapshots
@@ -50,13 +50,17 @@ def pictures(
     show = COLUMNS * columns if len(shape) == 3 else POINTS
     decode, transform = (lambda x: x, dataset.transform) if view is None else view
     labels = choose_labels(None, show, min(classes, columns) if classes and len(shape) == 3 else classes)
+    hint, own = hinted.of(settings.adapter), {}
+    if hint is not None:
+        asked = hinted.held_out(hint, dataset, show, labels)
+        own = {name: hinted.told(adapter, asked) for name, adapter in build.adapters(settings.adapter).items()}
 
     def samples(step: int, state: Any) -> None:
         trained = denoiser(state)  # gathered by all processes
         if not hosts.leader():
             return
         guided = build.guided(trained, settings.sampler.guidance)
-        x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, title=None)
+        x = draw(jax.random.key(settings.seed), guided, solver, show, shape, labels, own=own, title=None)
         path = folder / "samples" / f"step_{step:07d}.png"
         kept(folder, f"the samples of step {step}", lambda: save_grid(path, transform, decode(x), columns), failures)
 

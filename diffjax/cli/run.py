@@ -21,7 +21,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 
 from diffjax import adapters as adapters_
 from diffjax import networks, training
-from diffjax.cli import build, config, latents
+from diffjax.cli import build, config, hinted, latents
 from diffjax.cli import model as models
 from diffjax.data import DataTransform
 from diffjax.training import CheckpointStore, ema, partial
@@ -54,6 +54,8 @@ class Run:
     folder: pathlib.Path
     weights: str
     space: Any = None  # of a run in latents
+    # adapters that read a condition under these names
+    told: Mapping[str, Told] = dataclasses.field(default_factory=dict)
 
     @property
     def process(self) -> Any:
@@ -67,6 +69,13 @@ class Run:
     def decode(self, x: Any) -> np.ndarray:
         """Samples in the raw range of the data: pixels, or coordinates."""
         return np.asarray(self.transform.decode(self.view(x)))
+
+
+class Told(NamedTuple):
+    """An adapter that reads a condition, and the hint that it was trained with, if that is known."""
+
+    adapter: Any
+    hint: hinted.Hint | None
 
 
 class Failed(RuntimeError):
@@ -216,10 +225,15 @@ def initialiser(
     inputs = build.zeros(shape, num_classes, vector)
     if settings.adapter.kind == "none":
         return lambda key: build.trained(settings.objective, fn.init(key, *inputs))
-    whole = adapters_.adapt(fn, **build.adapters(settings.adapter))
+    chosen, hint = build.adapters(settings.adapter), hinted.of(settings.adapter)
+    whole, own = adapters_.adapt(fn, **chosen), {}
+    if hint is not None:
+        zero = np.zeros((1, *hint.shape(shape)), np.float32)
+        own = {name: hinted.told(adapter, zero) for name, adapter in chosen.items()}
+    alone, inputs = inputs, build.zeros(shape, num_classes, vector, own)
 
     def beside(key: Any) -> Any:
-        return whole.init(jax.random.fold_in(key, 1), fn.init(key, *inputs) if base is None else base, *inputs)
+        return whole.init(jax.random.fold_in(key, 1), fn.init(key, *alone) if base is None else base, *inputs)
 
     return beside
 
@@ -293,17 +307,32 @@ def start_from(source: str, template: Any) -> Any:
     return found.params
 
 
-def put_beside(settings: config.Train, base: Any, files: Sequence[tuple[Any, float]]) -> tuple[dict[str, Any], Any]:
-    """The adapters of files by names, and the parameters of a network together with theirs and their weights."""
+def put_beside(
+    settings: config.Train, base: Any, files: Sequence[tuple[Any, float]]
+) -> tuple[dict[str, Any], Any, dict[str, Told]]:
+    """The adapters of files by names, the parameters of a network with theirs and their weights, and which are told what."""
     if settings.adapter.kind != "none":
         raise ValueError(
             f"this run has an adapter of its own, beside the network of {settings.init}; put files beside that run, this one as "
             "the file that `diffjax export` makes of it"
         )
-    loaded = {f"file_{i}": adapters_.load_adapter(path, base)[:2] for i, (path, _) in enumerate(files)}
+    loaded = {f"file_{i}": adapters_.load_adapter(path, base) for i, (path, _) in enumerate(files)}
     weights = {name: jax.numpy.float32(weight) for name, (_, weight) in zip(loaded, files, strict=True)}
-    params = {"base": base, "adapters": {name: own for name, (_, own) in loaded.items()}, "weights": weights}
-    return {name: adapter for name, (adapter, _) in loaded.items()}, params
+    params = {"base": base, "adapters": {name: own for name, (_, own, _) in loaded.items()}, "weights": weights}
+    told = {
+        name: Told(adapter, _trained_with(about))
+        for name, (adapter, _, about) in loaded.items()
+        if getattr(adapter, "told", True)
+    }
+    return {name: adapter for name, (adapter, *_) in loaded.items()}, params, told
+
+
+def _trained_with(about: Mapping[str, str]) -> hinted.Hint | None:
+    """The hint of the run that a file is of, None for a file that is of none."""
+    try:
+        return hinted.of(config.from_json(about["config"]).adapter)
+    except (KeyError, ValueError):
+        return None
 
 
 def made_afterwards(folder: pathlib.Path) -> list[str]:
@@ -340,20 +369,22 @@ def load(
     Args: run: the folder.   weights: name of an average such as 'ema_0.999', of one that `diffjax ema` made such as
     'posthoc_0.07', or 'params'; default the first average.   step: which checkpoint, default the newest undamaged one.
     adapters: files of adapters to put beside the network, with their weights.
-    Returns: a `Run`: `denoiser` (its condition is a label [B] where there are labels; `denoiser.null` hides it), `process`,
-    `transform`, `labels`, `decode(x)`.
+    Returns: a `Run`: `denoiser` (its condition is a label [B] where there are labels; `denoiser.null` hides it; where `told`
+    names adapters a dict with `label` and these names), `process`, `transform`, `labels`, `decode(x)`.
     Raises: ValueError: no run there, unknown weights, no usable checkpoint, an adapter for another network.
     """
     folder = pathlib.Path(run)
     settings, about = read(folder)
     shape, classes = tuple(about["shape"]), about["num_classes"]
     found = weights_of(folder, weights, step)
-    others, params = None, found.params
+    others, params, told = None, found.params, {}
     if adapters:
-        others, params = put_beside(settings, params, adapters)
+        others, params, told = put_beside(settings, params, adapters)
+    elif settings.adapter.hint is not None:
+        told = {name: Told(own, hinted.of(settings.adapter)) for name, own in build.adapters(settings.adapter).items()}
     made = build.model(settings, shape, classes, training=False, others=others)
     return Run(
         made(params), DataTransform.from_dict(about["transform"]), shape, classes,
         tuple(about["labels"]) if about["labels"] else None, settings, found.step, folder,
-        found.name, latents.of_run(folder, settings),
+        found.name, latents.of_run(folder, settings), told,
     )  # fmt: skip

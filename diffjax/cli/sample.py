@@ -7,6 +7,7 @@ import math
 import pathlib
 import time
 import zlib
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 import jax
@@ -16,7 +17,7 @@ import tyro
 
 from diffjax import data as data_
 from diffjax import guidance, sampling
-from diffjax.cli import build, check, console
+from diffjax.cli import build, check, console, hinted
 from diffjax.cli import run as runs
 from diffjax.cli.config import Sampler
 from diffjax.types import Denoiser, Solver
@@ -52,6 +53,9 @@ class Sample:
     """step to load; default the newest"""
     adapter: tuple[str, ...] = ()
     """files of adapters made beside this run by `diffjax export`, each as FILE or FILE:WEIGHT"""
+    hint: tuple[str, ...] = ()
+    """what adapters are told, one for each that reads a hint: .npy [h, w, c] or [k, h, w, c], or a picture; default hints of
+    held-out items of the run's data"""
     seed: int = 0
     chunk: int = 256
     """samples per call of the device; the result does not depend on it"""
@@ -61,10 +65,14 @@ class Sample:
 
 def draw(
     key: Any, denoiser: Denoiser, solver: Solver, n: int, shape: tuple[int, ...], labels: Any = None,
-    *, chunk: int = 256, title: str | None = "sampling",
+    *, own: Mapping[str, Any] | None = None, chunk: int = 256, title: str | None = "sampling",
 ) -> np.ndarray:  # fmt: skip
-    """n samples in model coordinates, with a progress bar unless `title` is None.   labels: [n] or None"""
-    bound = denoiser.bind(None if labels is None else jnp.asarray(labels, jnp.int32))
+    """n samples in model coordinates, with a progress bar unless `title` is None.
+
+    Args: labels: [n] or None.   own: what adapters are told, of n items.
+    """
+    labels = None if labels is None else jnp.asarray(labels, jnp.int32)
+    bound = denoiser.bind(hinted.condition(labels, own or {}))
     if title is None:
         return sampling.sample_chunks(key, bound, solver, (n, *shape), chunk=chunk)
     with console.progress(title, n) as advance:
@@ -126,6 +134,7 @@ def stem(args: Sample, sampler: Sampler) -> str:
     if args.interval is not None:
         parts.append("interval{:g}_{:g}".format(*args.interval))
     parts += [f"{path.stem}{weight:g}" for path, weight in map(parse_adapter, args.adapter)]
+    parts += [f"hint_{pathlib.Path(path).stem}" for path in args.hint]
     given = {"grid": args.grid, "clip": args.clip, "weights": args.weights, "step": args.checkpoint}
     return "-".join([*parts, *(f"{k}_{v}" for k, v in given.items() if v is not None)])
 
@@ -146,6 +155,37 @@ def parse_adapter(text: str) -> tuple[pathlib.Path, float]:
             f"--adapter {text}: there is no file {path}; `diffjax export RUN` makes one of a run with an adapter"
         )
     return pathlib.Path(path), value
+
+
+def hints(args: Sample, run: Any, settings: Any, labels: Any) -> dict[str, Any]:
+    """What the adapters of a run are told for n samples: from files, or of held-out items of its data.
+
+    Raises: ValueError: hints that nobody reads, too few or too many, or that do not fit.
+    """
+    if not run.told and args.hint:
+        raise ValueError(
+            "--hint is for an adapter that reads one; add --adapter FILE of such an adapter, or leave it out"
+        )
+    if args.hint and len(args.hint) != len(run.told):
+        raise ValueError(
+            f"--hint needs a file for each of {len(run.told)} adapters that read one; got {len(args.hint)}"
+        )
+    from diffjax.cli import evaluate  # which draws by this module
+
+    files = dict(zip(run.told, map(pathlib.Path, args.hint), strict=False))
+    made, dataset = {}, None
+    for name, (adapter, hint) in run.told.items():
+        if name in files:
+            shape = None if hint is None else hint.shape(run.shape)
+            found = hinted.read(files[name], args.n, shape, run.transform, hint is not None and hint.signed)
+        elif hint is None:  # what it reads is not known here; it says itself whether it can do without
+            made[name] = None
+            continue
+        else:
+            dataset = evaluate.load_data(settings) if dataset is None else dataset
+            found = hinted.held_out(hint, dataset, args.n, labels)
+        made[name] = hinted.told(adapter, found)
+    return made
 
 
 def main(args: Sample) -> int:
@@ -171,7 +211,8 @@ def main(args: Sample) -> int:
     denoiser = build.guided(run.denoiser, sampler.guidance, args.interval)
     if args.clip is not None:
         denoiser = guidance.clip_x0(args.clip)(denoiser)
-    x = draw(jax.random.key(args.seed), denoiser, solver, args.n, run.shape, labels, chunk=args.chunk)
+    own = hints(args, run, settings, labels)
+    x = draw(jax.random.key(args.seed), denoiser, solver, args.n, run.shape, labels, own=own, chunk=args.chunk)
     bad = int((~np.isfinite(x).reshape(args.n, -1).all(1)).sum())
     if bad:
         raise runs.Failed(f"{bad} of {args.n} samples are not finite; try another --solver, --grid, or more --steps")

@@ -1,6 +1,6 @@
 """Data sets, their transform to model coordinates, augmentation, endless batches, and pictures of samples."""
 
-from diffjax.data import augment, densities
+from diffjax.data import augment, densities, hints
 from diffjax.data.clusters import Clusters, clusters, label_clusters, load_clusters, restrict
 from diffjax.data.dataset import SPLITS, DataError, Dataset, DataTransform, from_arrays, split_indices
 from diffjax.data.images import grid, save_png, scatter
@@ -23,6 +23,7 @@ __all__ = [
     "densities",
     "from_arrays",
     "grid",
+    "hints",
     "label_clusters",
     "load",
     "load_clusters",

@@ -9,51 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-SOBEL = np.outer([1, 2, 1], [-1, 0, 1]) / 8  # the derivative along the second axis
+from diffjax.data.hints import blur, edges, grey, low_resolution, mask, windows
 
-
-def grey(x):
-    """The mean of the channels, [-1, 1] taken to [0, 1].   [B, H, W, C] -> [B, H, W, 1]"""
-    return (x.mean(-1, keepdims=True) + 1) / 2
-
-
-def windows(x, n):
-    """Every n x n neighbourhood, beyond the border the border itself.   [B, H, W, 1] -> [B, H, W, n, n]"""
-    h, w = x.shape[1:3]
-    wide = jnp.pad(x[..., 0], ((0, 0), (n // 2,) * 2, (n // 2,) * 2), mode="edge")
-    rows = [jnp.stack([wide[:, i : i + h, j : j + w] for j in range(n)], -1) for i in range(n)]
-    return jnp.stack(rows, -2)
-
-
-def edges(x, threshold=None):
-    """The length of the Sobel gradient of the grey picture; with a threshold one where it is longer, else zero."""
-    near = windows(grey(x), 3)
-    dx, dy = ((near * kernel).sum((-1, -2)) for kernel in (jnp.asarray(SOBEL), jnp.asarray(SOBEL.T)))
-    length = jnp.sqrt(dx**2 + dy**2 + 1e-12)[..., None]
-    return length if threshold is None else (length > threshold).astype(x.dtype)
-
-
-def blur(x, sigma=1.0):
-    """Gaussian blur of each channel, weights over the border left out.   The same shape and range as x."""
-
-    def matrix(n):
-        far = jnp.arange(n)[:, None] - jnp.arange(n)[None]
-        weights = jnp.exp(-0.5 * (far / sigma) ** 2)
-        return (weights / weights.sum(1, keepdims=True)).astype(x.dtype)
-
-    return jnp.einsum("ih,jw,bhwc->bijc", matrix(x.shape[1]), matrix(x.shape[2]), x)
-
-
-def low_resolution(x, factor=4):
-    """Means of squares, each enlarged again to its square.   The same shape and range as x."""
-    b, h, w, c = x.shape
-    small = x.reshape(b, h // factor, factor, w // factor, factor, c).mean((2, 4))
-    return jnp.repeat(jnp.repeat(small, factor, axis=1), factor, axis=2)
-
-
-def mask(x, threshold=0.5):
-    """One where the grey picture is brighter than the threshold."""
-    return (grey(x) > threshold).astype(x.dtype)
+__all__ = ["blur", "edges", "grey", "low_resolution", "mask", "windows"]  # those that the command line has too
 
 
 def quadrant(shape, which):
