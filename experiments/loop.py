@@ -6,6 +6,20 @@ import jax.numpy as jnp
 from diffjax import training
 
 
+def advance(step, state, key_of, arrays, batch, count):
+    """The state after `count` steps on batches drawn with replacement, inside a program.
+
+    key_of: state -> the key of the next draw.   arrays: {x, ...}, each an array or a pytree.   batch: items of each step.
+    """
+    size = len(jax.tree.leaves(arrays)[0])
+
+    def update(state, _):
+        pick = jax.random.randint(key_of(state), (batch,), 0, size)
+        return step(state, jax.tree.map(lambda a: a[pick], arrays))[0], None
+
+    return jax.lax.scan(update, state, length=count)[0]
+
+
 def trainer(
     model, loss, steps, *, batch=64, rate=2e-3, decay=0.995, marks=1, condition=training.condition, trainable=None
 ):
@@ -24,13 +38,10 @@ def trainer(
 
     @jax.jit
     def run(state, arrays):
-        def update(state, _):
-            size = len(jax.tree.leaves(arrays)[0])
-            pick = jax.random.randint(jax.random.fold_in(state.key, -1 - state.step), (batch,), 0, size)
-            return step(state, jax.tree.map(lambda a: a[pick], arrays))[0], None
+        key_of = lambda state: jax.random.fold_in(state.key, -1 - state.step)
 
         def stretch(state, _):
-            state = jax.lax.scan(update, state, length=steps // marks)[0]
+            state = advance(step, state, key_of, arrays, batch, steps // marks)
             return state, state.averaged("mean")
 
         return jax.lax.scan(stretch, state, length=marks)[1]

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from diffjax import data, losses, networks, training
+from experiments.loop import advance
 
 KL = 1e-6
 
@@ -32,15 +33,8 @@ def train(model, loss, params, arrays, steps, *, batch, rate, seed=0, chunk=50, 
     step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition)
     arrays = jax.tree.map(jnp.asarray, arrays)
 
-    @jax.jit
-    def run(state, arrays):
-        def body(state, _):
-            key = jax.random.fold_in(jax.random.key(1000 + seed), state.step)
-            pick = jax.random.randint(key, (batch,), 0, len(arrays["x"]))
-            return step(state, {name: a[pick] for name, a in arrays.items()})[0], None
-
-        return jax.lax.scan(body, state, None, length=chunk)[0]
-
+    key_of = lambda state: jax.random.fold_in(jax.random.key(1000 + seed), state.step)
+    run = jax.jit(lambda state, arrays: advance(step, state, key_of, arrays, batch, chunk))
     state = training.init_state(params, optimizer, seed, emas=emas)
     run = run.lower(state, arrays).compile()
     begin = time.perf_counter()

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from diffjax import data, losses, training
+from experiments.loop import advance
 
 DIGITS = data.load("digits")
 CLASSES = DIGITS.num_classes
@@ -33,14 +34,10 @@ def train(model, loss, starts, *, steps, batch, rate=3e-3, record=1):
     emas = {"mean": training.ema.decay(0.99 if steps > 200 else 0.9)}
     step = training.make_train_step(model, loss, optimizer, emas=emas)
 
-    def one(key, state, _):
-        rows = jax.random.randint(jax.random.fold_in(key, state.step), (batch,), 0, len(real["x"]))
-        return step(state, {k: v[rows] for k, v in real.items()})[0], None
-
     @jax.jit
     def run(state, key):
         def part(state, _):
-            state, _ = jax.lax.scan(functools.partial(one, key), state, None, length=steps // record)
+            state = advance(step, state, lambda s: jax.random.fold_in(key, s.step), real, batch, steps // record)
             return state, test_loss(model, state.ema["mean"])
 
         return jax.lax.scan(part, state, None, length=record)

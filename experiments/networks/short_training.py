@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from diffjax import training
+from experiments.loop import advance
 
 
 def train_seeds(
@@ -20,19 +21,14 @@ def train_seeds(
     optimizer = wrap(training.adamw(schedule, b2=0.99, clip=1.0))
     emas = {"mean": training.ema.decay(decay)}
     step = training.make_train_step(model, loss, optimizer, emas=emas)
-    size = len(fields["x"])
 
     @jax.jit
     def run(state, key, fields):
-        def one(state, i):
-            pick = jax.random.randint(jax.random.fold_in(key, i), (batch,), 0, size)
-            return step(state, {name: a[pick] for name, a in fields.items()})[0], None
-
-        def some(state, i):
-            state, _ = jax.lax.scan(one, state, i)
+        def some(state, _):
+            state = advance(step, state, lambda s: jax.random.fold_in(key, s.step), fields, batch, every)
             return state, state.ema["mean"]
 
-        return jax.lax.scan(some, state, jnp.arange(steps).reshape(-1, every))[1]
+        return jax.lax.scan(some, state, length=steps // every)[1]
 
     fields = {name: jnp.asarray(a) for name, a in fields.items()}
     states = [training.init_state(p, optimizer, seed, emas=emas) for seed, p in enumerate(starts)]
