@@ -122,7 +122,7 @@ class Attention(nn.Module):
         def project(x: Any, n: int, name: str) -> list[Any]:
             y = Dense(n * d, bias=self.qkv_bias, init=per_head(self.heads, n), dtype=self.dtype, name=name)(x)
             y = y.reshape(*y.shape[:2], self.heads, n * size)
-            return jnp.split(constrain(y, "batch", "tokens" if n != 2 else None, "heads", None), n, axis=-1)
+            return jnp.split(constrain(y, "batch", "some_tokens" if n != 2 else None, "heads", None), n, axis=-1)
 
         if tokens is None:
             q, k, v = project(x, 3, "qkv")
@@ -136,8 +136,8 @@ class Attention(nn.Module):
             q, k = rotate(q, angles), rotate(k, angles)
         q, k, v = Tap(name="q")(q), Tap(name="k")(k), Tap(name="v")(v)
         y = self.mix(q * size**-0.5, k, v, mask, grid)
-        y = constrain(y, "batch", "tokens", "heads", None).reshape(x.shape)
-        y = constrain(y, "batch", "tokens", "wide")
+        y = constrain(y, "batch", "some_tokens", "heads", None).reshape(x.shape)
+        y = constrain(y, "batch", "some_tokens", "wide")
         bias = tokens is None if self.out_bias is None else self.out_bias
         return Dense(d, zero=self.zero, bias=bias, dtype=self.dtype, name="out")(y)
 

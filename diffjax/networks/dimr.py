@@ -115,7 +115,7 @@ class Block(nn.Module):
     def __call__(self, x: Any, u: Any) -> Any:
         """One block; x is [B, T, d] with heads, else [B, H, W, d]."""
         d, drop = self.width, lambda h: nn.Dropout(self.dropout, deterministic=not self.train)(h)
-        names = ("batch", "tokens" if self.heads else None, *[None] * (x.ndim - 3))
+        names = ("batch", "some_tokens" if self.heads else None, *[None] * (x.ndim - 3))
         if self.heads:
             h = Attention(self.heads, dtype=self.dtype, name="attention")(self.norm(name="norm_attention")(x, u))
         else:

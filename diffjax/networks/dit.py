@@ -78,14 +78,14 @@ class DiTBlock(nn.Module):
         h = modulate(plain_norm(x), shift_a, scale_a)
         fields = dict(dtype=self.dtype, qkv_bias=self.qkv_bias, mixing=self.mixing)
         h = Attention(self.heads, self.qk_norm, **fields, name="attention")(h, angles=angles, grid=self.grid)
-        x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "tokens", None)
+        x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "some_tokens", None)
         if tokens is not None:
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
-            x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "tokens", None)
+            x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "some_tokens", None)
         h = modulate(plain_norm(x, self.mlp_eps), shift_m, scale_m)
         fields = dict(expand=self.expand, act=self.act, dropout=self.dropout, train=self.train, dtype=self.dtype)
         h = self.feed_forward(h, **fields)
-        x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "tokens", None)
+        x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "some_tokens", None)
         if self.route is not None:
             x = x + (1 - share) * whole
         return Tap(name="block")(x), None

@@ -48,7 +48,7 @@ def mlp(
     Returns: [B, T, d].
     """
     h = Dense(expand * x.shape[-1], dtype=dtype, name="hidden")(x)
-    h = act(constrain(h, "batch", "tokens", "wide"))
+    h = act(constrain(h, "batch", "some_tokens", "wide"))
     h = nn.Dropout(dropout, deterministic=not train)(h)
     return Dense(x.shape[-1], dtype=dtype, name="out")(h)
 
@@ -60,7 +60,7 @@ def dense(x: Any, gate: Any, chosen: Any, kernels: tuple, hidden: Callable[[Any,
     """All experts for all tokens; see the module.   [B, T, d] -> [B, T, d]"""
     first, second, last = kernels
     share = (gate[..., None] * jax.nn.one_hot(chosen, len(last), dtype=gate.dtype)).sum(-2)  # [B, T, E]
-    into = lambda kernel: constrain(jnp.einsum("btd,edf->btef", x, kernel), "batch", "tokens", "experts", None)
+    into = lambda kernel: constrain(jnp.einsum("btd,edf->btef", x, kernel), "batch", "some_tokens", "experts", None)
     return jnp.einsum("btef,efd->btd", hidden(into(first), into(second)) * share[..., None], last)
 
 
@@ -205,6 +205,6 @@ class SparseMLP(nn.Module):
         y = self.form(x, gate.astype(x.dtype), chosen, kernels, hidden)
         if self.shared:
             dense = lambda n, name: Dense(n, bias=False, dtype=self.dtype, name=f"shared_{name}")
-            wide = lambda name: constrain(dense(self.shared * d, name)(x), "batch", "tokens", "wide")
+            wide = lambda name: constrain(dense(self.shared * d, name)(x), "batch", "some_tokens", "wide")
             y = y + dense(d, "down")(hidden(wide("gate"), wide("up")))
         return y

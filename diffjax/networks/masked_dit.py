@@ -95,7 +95,7 @@ class CrossBlock(nn.Module):
         attention = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="cross")
         x = x + gate_a * attention(modulate(plain_norm(x), shift_a, scale_a), tokens)
         h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(modulate(plain_norm(x), shift_m, scale_m))
-        h = self.act(constrain(h, "batch", "tokens", "wide"))
+        h = self.act(constrain(h, "batch", "some_tokens", "wide"))
         return x + gate_m * Dense(self.width, dtype=self.dtype, name="out")(h)
 
 

@@ -15,7 +15,8 @@ from jax.sharding import AxisType, PartitionSpec
 # name of an axis of an activation -> the mesh axes along which it is cut
 MEANING = {
     "batch": ("data", "fsdp"),
-    "tokens": ("sequence",),
+    "tokens": ("sequence",),  # those of the state
+    "some_tokens": ("sequence",),  # in a block, which may be given others: whole where the mesh does not divide them
     "heads": ("model",),
     "wide": ("model",),
     "experts": ("model",),
@@ -52,7 +53,7 @@ def constrain(x: Any, *names: str | None | EllipsisType) -> Any:
         as many None as there are axes left.
     Returns: an array equal to x.
     Raises: ValueError: names that do not fit the axes; an axis that the mesh does not divide. A batch that it does not
-        divide, such as one item inside `vmap`, is left as it is.
+        divide, such as one item inside `vmap`, is left as it is, and `some_tokens` are whole.
 
     Example:
         >>> constrain(jax.numpy.ones((4, 8)), "batch", ..., "wide").shape
@@ -75,6 +76,9 @@ def constrain(x: Any, *names: str | None | EllipsisType) -> Any:
             count *= mesh.shape[a]
         if n % count and name == "batch":
             parts.append(PartitionSpec.UNCONSTRAINED)
+            continue
+        if n % count and name == "some_tokens":
+            parts.append(None)
             continue
         if n % count:
             raise ValueError(

@@ -66,17 +66,17 @@ class StateBlock(nn.Module):
             turned = None if present is None else present[:, ::-1]
             reverse, back = self.mix(self.heads, dtype=self.dtype, name="mix_back")(h[:, ::-1], back, None, turned)
             mixed = mixed + reverse[:, ::-1]
-        x = constrain(x + gate_a * Tap(name="mixed")(mixed), "batch", "tokens", None)
+        x = constrain(x + gate_a * Tap(name="mixed")(mixed), "batch", "some_tokens", None)
         h = modulate(plain_norm(x), shift_m, scale_m)
         h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h)
-        h = self.act(constrain(h, "batch", "tokens", "wide"))
+        h = self.act(constrain(h, "batch", "some_tokens", "wide"))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
         h = Dense(self.width, dtype=self.dtype, name="out")(h)
-        x = constrain(x + gate_m * Tap(name="mlp")(h), "batch", "tokens", None)
+        x = constrain(x + gate_m * Tap(name="mlp")(h), "batch", "some_tokens", None)
         if tokens is not None:
             cross = self.cross(self.heads, zero=True, dtype=self.dtype, name="mix_cross")
             h, crossed = cross(plain_norm(x), crossed, tokens, mask)
-            x = constrain(x + h, "batch", "tokens", None)
+            x = constrain(x + h, "batch", "some_tokens", None)
         return Tap(name="block")(x), (ahead, back, crossed)
 
 

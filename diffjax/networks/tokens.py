@@ -76,16 +76,16 @@ class TokenBlock(nn.Module):
             h = InducedAttention(self.heads, self.latents, self.qk_norm, self.dtype, name="induced")(h, seen)
         else:
             h = Attention(self.heads, self.qk_norm, dtype=self.dtype, name="attention")(h, None, seen)
-        x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "tokens", None)
+        x = constrain(x + gate_a * Tap(name="attended")(h), "batch", "some_tokens", None)
         if tokens is not None:
             cross = Attention(self.heads, self.qk_norm, zero=True, dtype=self.dtype, name="cross")
-            x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "tokens", None)
+            x = constrain(x + cross(plain_norm(x), tokens, mask), "batch", "some_tokens", None)
         h = modulate(plain_norm(x), shift_m, scale_m)
         h = Dense(self.expand * self.width, dtype=self.dtype, name="hidden")(h)
-        h = self.act(constrain(h, "batch", "tokens", "wide"))
+        h = self.act(constrain(h, "batch", "some_tokens", "wide"))
         h = nn.Dropout(self.dropout, deterministic=not self.train)(h)
         h = Dense(self.width, dtype=self.dtype, name="out")(h)
-        x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "tokens", None)
+        x = constrain(x + gate_m * Tap(name="mixed")(h), "batch", "some_tokens", None)
         return Tap(name="block")(x), None
 
 

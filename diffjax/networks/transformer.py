@@ -36,8 +36,8 @@ class TransformerBlock(nn.Module):
             x = x + Attention(self.heads, **biases, name="cross")(LayerNorm(name="norm_cross")(x), tokens, mask)
         h = LayerNorm(name="norm_mlp")(x)
         gate = nn.gelu(Dense(self.expand * n, dtype=self.dtype, name="gate")(h), approximate=False)
-        h = constrain(Dense(self.expand * n, dtype=self.dtype, name="hidden")(h) * gate, "batch", "tokens", "wide")
-        x = constrain(x + Dense(n, dtype=self.dtype, name="out")(h), "batch", "tokens", None)
+        h = constrain(Dense(self.expand * n, dtype=self.dtype, name="hidden")(h) * gate, "batch", "some_tokens", "wide")
+        x = constrain(x + Dense(n, dtype=self.dtype, name="out")(h), "batch", "some_tokens", None)
         return Tap(name="block")(x), None
 
 
