@@ -1,17 +1,23 @@
 """VMix: values of attributes under the attention map that the caption has.
 
-The base is a flow on the digits that knows a caption of three tokens. Embeddings e of two labels, thick or thin and bright or
-dark, are lifted to as many tokens as the caption has; in every attention to the caption they give second values, which the
-attention map A of the caption mixes too. Lift, Z and the projections of values are trained, the base is frozen:
+The base is a flow on digits half of which are dark, their light halved; it knows a caption of three tokens, and nobody can ask
+it for a light. Embeddings e of two labels, thick or thin and bright or dark, are lifted to as many tokens as the caption has; in
+every attention to the caption they give second values, which the attention map A of the caption mixes too. Lift, Z and the
+projections of values are trained, the base is frozen:
 
     f = norm(L e) Z,  Z from zero,   A = softmax(Q K^T / sqrt(d)),   x^ = A V + A f W'
 
-A digit is thick if it has more ink than the median of its class, dark if its light is halved. Then all four pairs of labels
-are asked for under the captions of held-out digits, with the same noise. `right_thick` says how often the sample that should
-be thick has more ink than the one that should be thin, `right_bright` how often a sample is bright or dark as asked for, each
-a half by chance; `accuracy` how often a classifier that saw other data reads the digit of the caption, with the light
-restored. The rival adds f to the tokens of the caption, so that it changes the attention map; it is trained alike.
-The accuracy falls by 12 points, by 37 with the rival; it is not kept to 2.
+A digit is thick if it has more ink than the median of its class. All four pairs of labels are asked for under the captions of
+held-out digits, with the same noise and with guidance, whose other side has neither caption nor labels; the base is
+guided alike. `right_thick` says how often the sample that should be thick has more ink than the one that should be thin,
+`right_bright` how often a sample is bright or dark as asked for, each a half by chance; `accuracy` how often a classifier that
+saw other data reads the digit of the caption, with the light restored (`accuracy_data`: of the held-out digits). The rival adds f
+to the tokens of the caption, so that it changes the attention map; it is trained alike. All are means of two trainings.
+
+The rival was expected to lose more of the accuracy. Beside a base that had seen full light alone it did, 37 points to 12, but
+such a base cannot draw dark digits: of what was asked for bright as many were read as before (.96), of what was asked for dark .72.
+The adapter chooses among what the frozen network can draw. Beside this base both keep the accuracy, and what the rival lacks is
+control of the light, with guidance or without (.83 right with value mixing, .57 with the rival).
 """
 
 import dataclasses
@@ -32,7 +38,7 @@ RECIPE = Recipe(
     ledger=132,
     paper="arXiv:2412.20800",
     claim="thick or thin and bright or dark are controlled, the first attention map bit-equal to the base's; fresh it is the "
-    "base; the digit is read as often to 2 points, and no less often than when f is added to the caption",
+    "base; the digit is read as often to 2 points. With f added to the caption the map moves and the light is not controlled",
     expect={
         "start_difference": at_most(0.0),
         "attention_map_difference": at_most(0.0),
@@ -40,8 +46,10 @@ RECIPE = Recipe(
         "right_thick": at_least(0.85),
         "right_bright": at_least(0.95),
         "accuracy_drop": at_most(0.02),
+        "attention_map_difference_added": at_least(0.1),
+        "right_bright_added": at_most(0.85),
     },
-    minutes=2,
+    minutes=3,
 )
 WHITE = 1.8478819  # the largest of the digits' numbers
 WEIGHT = 3.0  # of guidance
