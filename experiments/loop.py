@@ -2,8 +2,10 @@
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from diffjax import training
+from diffjax.training.optimizer import by_path
 
 
 def advance(step, state, key_of, arrays, batch, count):
@@ -26,13 +28,16 @@ def trainer(
     """A compiled `(params, arrays, seed=0) -> averaged parameters` after `steps` batches drawn with replacement.
 
     model: params -> what the loss takes, a denoiser or an autoencoder.   arrays: {x, ...}, each an array or a pytree.
-    rate: of learning, with a warm-up and a linear fall over the second half, or a schedule.   decay: of the average, or one
-    of `training.ema`.
+    rate: of learning, with a warm-up and a linear fall over the second half, or a schedule; or {regular expression of the
+    paths of arrays: rate}, each part with a clip of its own.   decay: of the average, or one of `training.ema`.
     marks: stops, equally far from each other, at which the average is kept; with more than one, the leaves of the result
     are [marks, ...].   condition, trainable: see `make_train_step`; what is not trained comes back as it was.
     """
-    schedule = rate if callable(rate) else training.optimizer.linear_tail(rate, steps, warmup=max(steps // 20, 1))
-    optimizer = training.adamw(schedule, clip=1.0)
+    warmup = max(steps // 20, 1)
+    schedule = lambda rate: rate if callable(rate) else training.optimizer.linear_tail(rate, steps, warmup=warmup)
+    adamw = lambda rate: training.adamw(schedule(rate), clip=1.0)
+    parts = isinstance(rate, dict)
+    optimizer = by_path({path: adamw(r) for path, r in rate.items()}, optax.set_to_zero()) if parts else adamw(rate)
     emas = {"mean": decay if callable(decay) else training.ema.decay(decay if steps > 500 else 0.9)}
     step = training.make_train_step(model, loss, optimizer, emas=emas, condition=condition, trainable=trainable)
 

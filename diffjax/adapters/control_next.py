@@ -70,16 +70,20 @@ class ControlNext:
 
     def change(self, params: PyTree, site: Site, weight: Any) -> Change:
         """h' = h + w c^ at one tap."""
+        c = self.features(params, site)
+        add = lambda h: h + strength(cross_normalised(_sized(c, h), h), weight)
+        if stacked(self.tap):  # the tap of all layers, of which the first is meant
+            return Change(write={self.tap: per_layer(lambda h, layer: jnp.where(layer == 0, add(h), h))})
+        return Change(write={self.tap: add})
+
+    def features(self, params: PyTree, site: Site) -> jax.Array:
+        """c, before it is normalised.   [B, *n, channels of the tap]"""
         channels = params["in"]["kernel"].shape[-2]
         picture, halvings = picture_of(site.own, site.x, len(self.widths), name="control_next", channels=channels)
         c = conv(params["in"], picture)
         for i in range(len(self.widths)):
             c = _block(params[f"block_{i}"], halve(c) if i < halvings else c)
-        c = dense(params["out"], c)
-        add = lambda h: h + strength(cross_normalised(_sized(c, h), h), weight)
-        if stacked(self.tap):  # the tap of all layers, of which the first is meant
-            return Change(write={self.tap: per_layer(lambda h, layer: jnp.where(layer == 0, add(h), h))})
-        return Change(write={self.tap: add})
+        return dense(params["out"], c)
 
 
 def control_next(tap: str = "down_0_0/block", widths: tuple[int, ...] = (16, 16)) -> ControlNext:
