@@ -6,8 +6,10 @@ is. Each then gets pictures of held-out crops. The control error is the root mea
 sample and the one that was given, over that of samples of the base; for the masked crops it is taken where the crop was
 shown. Quality is the sliced Wasserstein distance of samples to other held-out crops, as a ratio to that of the base.
 
-Of the edges alone the claim fails: lengths of gradients leave colours and the signs of steps open, and 500 batches of 32
-bring their error to 0.56 of the base's only, where those of the other three are at a tenth to a sixth.
+Of the edges alone the claim fails: 500 batches of 32 bring their error to 0.56 of the base's only, where those of the other
+three are at a tenth to a sixth. The measure is not the limit, because the held-out crops with noise of 0.05 on them are at 0.06;
+but pictures without any edge are at 0.58 too, for the samples of the base have too many, and the edges of other crops at 0.85.
+So what the net has learned of edges is little.
 """
 
 import jax
