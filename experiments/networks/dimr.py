@@ -11,6 +11,9 @@ cost at least as many operations, on crops of 16 x 16 of photographs: 8 x 8 digi
 resolution but more parameters for the operations, and there the DiT is ahead (0.073, and 0.102 for the branches). Losses are of
 the velocity of held-out items at the same noisy states, means over the seeds.
 
+At the rate of the rest the vectors lag behind in 1000 steps, and the loss is 4 % above that of adaLN; at ten times the rate, for
+both networks, it is less than 1 %. On the photographs the DiT has the lower loss (by 3 to 4 %) and draws high frequencies worse.
+
 `*_high_error` is the mean |log(P / P_data)| of the power spectra of samples over frequencies in the upper half of the band,
 `floor_high_error` that of the test split.
 """
@@ -36,7 +39,7 @@ RECIPE = Recipe(
     ledger=85,
     paper="arXiv:2406.09416",
     claim="norms between two vectors match adaLN within 2 % with a fifth of its time parameters; two branches have less "
-    "high-frequency error than a patch-4 transformer of at least the operations",
+    "high-frequency error on photographs than a patch-4 transformer of at least the operations",
     expect={
         "loss_over_adaptive": at_most(1.02),
         "adaptive_parameters_ratio": at_least(5.0),
@@ -44,7 +47,7 @@ RECIPE = Recipe(
         "operations_over_patch4": at_most(1.0),
         "high_error_over_patch4": at_most(1.0),
     },
-    minutes=2,
+    minutes=3,
 )
 PROCESS = processes.rectified()
 LAYER_NORM = functools.partial(TimeNorm, centred=True)
