@@ -11,7 +11,17 @@ import pytest
 import diffjax
 import experiments
 from diffjax import processes, solvers, times
-from diffjax.solvers.recommended import ENDS, EVALUATIONS, GUIDED_FROM_50, HEIGHTS, MIDDLE, heights, on_grid, orders
+from diffjax.solvers.recommended import (
+    ENDS,
+    EVALUATIONS,
+    GUIDED_EVALUATIONS,
+    GUIDED_HEIGHTS,
+    HEIGHTS,
+    MIDDLE,
+    heights,
+    on_grid,
+    orders,
+)
 from diffjax.testing import flow, gaussian, mixture, oracle
 
 BAR = pathlib.Path(experiments.__file__).parent / "benchmarks" / "solver_bar_2d.json"
@@ -174,11 +184,10 @@ def test_the_rule():
     assert [orders(n, 7.5) for n in (5, 20, 50)] == [(1, 2), (2, 3), (3, 4)]
     for n, row in zip(EVALUATIONS, HEIGHTS, strict=True):
         np.testing.assert_allclose(heights(n), row)
+    for n, row in zip(GUIDED_EVALUATIONS, GUIDED_HEIGHTS, strict=True):
+        np.testing.assert_allclose(heights(n, 3.0), row)
     np.testing.assert_array_equal(heights(2), HEIGHTS[0])
     np.testing.assert_array_equal(heights(1000), HEIGHTS[-1])
-    for n in (10, 20):
-        np.testing.assert_allclose(heights(n, 3.0), heights(n))
-    np.testing.assert_array_equal(heights(50, 3.0), GUIDED_FROM_50)
     grid = times.curvature(COSINE, 30, heights=heights(30), apart=(False, True))
     expected = solvers.angle_abm(COSINE, grid, 6, 6, middle=MIDDLE(30), ends=ENDS)
     np.testing.assert_array_equal(solvers.recommended(COSINE, 30).rows.qd, expected.rows.qd)
