@@ -14,6 +14,9 @@ is trained for the same number of steps, and guided alike. `style` is the share 
 taken off, leaves the most background; `digit` the share in which a judge then knows the digit. An upper half does not tell
 the digit: of what the base draws below, `digit_of_base` are known, and ours is compared with that, not with true halves. The
 lower half of the reference itself would have the right pattern, and `digit_of_reference`.
+Self-attention alone does not reach cross-attention here: after 1500 steps (guided by 2) .950 of the patterns against .983,
+after 2500 .972 against .994, so the bound on their ratio fails. A base that has also filled in two pictures on one canvas
+does not change that (.950 against .986 after 2000 steps).
 """
 
 import dataclasses
