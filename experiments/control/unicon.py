@@ -3,7 +3,7 @@
 The base is a transformer that draws digits. Two branches of it run side by side, one for a digit x, one for a picture y of its
 edges, turned by a quarter of a circle, so that the two lie in different places. Frozen weights serve both; low-rank additions
 make the second branch, and in every block each branch attends to the other by the network's own self-attention with low-rank
-additions and a linear map from zero. The times of the two are drawn apart:
+additions and a linear map from zero, others for x than for y. The times of the two are drawn apart:
 
     t_x, t_y ~ U(0, 1),   loss = mean (velocity error of x at t_x and of y at t_y)
 
@@ -12,8 +12,10 @@ control by a noised y. Three specialists of the same size and training have one 
 equal times alone, and fails when it is given a clean part. `*_distance_over_specialist` compares the energy distance of pairs
 (given and drawn) from test pairs, as a root, with that of the specialist. `*_error` is the root mean square difference between
 y and the turned edges of x, over that with pictures in another order. A distance below that of other real pairs is chance, and
-counts as that. After 1500 batches of 32 digits from edges and both are as claimed; edges from digits, 1.5 times as far as those of
-the specialist, are not yet.
+counts as that. The figures written are those of one attention for both directions, of rank 6: x looks elsewhere in y than y in
+x, and edges from digits are 1.5 times as far as those of the specialist, with error .66 (bound .5) after 1500 batches. With
+an attention for each direction, as here, the same training gives .58, against .72 after 750 batches, and .36 (.42) for digits
+from edges: still not as claimed. The specialist, of one attention, reached .18.
 """
 
 import jax
@@ -45,7 +47,7 @@ RECIPE = Recipe(
     },
     minutes=3,
 )
-ADAPTER = adapters.unicon(6)
+ADAPTER = adapters.unicon(4, joint_rank=6)
 
 
 def turned(x):
