@@ -1,13 +1,18 @@
 """SCEdit: bottlenecks on the skips of a frozen U-Net, trained without a backward pass through its encoder.
 
 The base is a flow on the digits that knows labels. Three things are done with s' = s + U act(D (s + g(c))) on its skips:
-- the style of bold digits (every place as bright as the brightest of 2 x 2) is learned from pictures of the training set,
-  without a condition c. Samples are compared with bold held-out digits by their ink, by the sliced
-  Wasserstein distance, over that of the base, and by a judge of bold digits;
+- the style of bold digits (every stroke a place wider: each place as bright as the brighter of itself and the one before it in
+  its row) is learned from pictures of the training set, without a condition c, by a tuner with about as many parameters as
+  LoRA of rank one. Samples are compared with bold held-out digits by their ink and by the sliced Wasserstein distance, over that
+  of the base; a judge of bold digits says whether they can still be read, because grey pictures have much ink too;
 - edges are followed, as by ControlNet, c being encoded by a cascade of convolutions (the controllable tuner);
 - one gradient of the loss is compiled for the tuner and for LoRA of all kernels, of rank one, and its
   temporary memory, operations and seconds (the least of several alternating runs) compared.
 With `stop`, the gradient that parameters of the encoder would have is identically zero; that of the decoder is not.
+
+A bolder style, the brightest of 2 x 2, is beyond these tuners: after 600 batches a judge read 0.60 of their samples (0.63 with
+three times the rank), 0.89 of those of LoRA, 0.93 of a base trained whole and 0.96 of the data. Maps of single places on the
+skips brighten what the decoder draws, and its own convolutions, which are frozen, would have to widen strokes twice.
 """
 
 import time
@@ -40,6 +45,7 @@ RECIPE = Recipe(
     },
     minutes=2,
 )
+RANK = 48  # of the tuner of style
 
 
 def named(batch):
@@ -48,8 +54,8 @@ def named(batch):
 
 
 def bold(x):
-    """Every place as bright as the brightest of the 2 x 2 places that end with it."""
-    return hints.windows(hints.grey(x), 3)[..., :2, :2].max((-1, -2))[..., None] * 2 - 1
+    """Every place as bright as the brighter of itself and the place before it in its row."""
+    return hints.windows(hints.grey(x), 3)[..., 1, :2].max(-1)[..., None] * 2 - 1
 
 
 def run(preset):
@@ -66,10 +72,10 @@ def run(preset):
     )
     size = training.state.count_params
 
-    style = adapters.skip_tuner(16)
+    style = adapters.skip_tuner(RANK)
     thick = {**seen, "x": bold(seen["x"])}
     fn, fresh = runs.beside(base, thick, named, style=style)
-    params = runs.trainer_of(base, fn, steps, condition=named)(fresh, thick)
+    params = runs.trainer_of(base, fn, steps, condition=named, rate=8e-3)(fresh, thick)
     weighted = lambda w: base.denoiser({**params, "weights": {"style": jnp.float32(w)}}, fn)
     plain, styled = (runs.draw(weighted(w), label, held["x"].shape, steps=sampling) for w in (0, 1))
     ink = lambda x: hints.grey(x).mean()
@@ -118,7 +124,7 @@ def loss_of(base, fn, batch):
 
 def gradients(base, batch):
     """The norms of the gradients that the base would have beside a tuner that stops them at the encoder."""
-    fn, fresh = runs.beside(base, batch, named, style=adapters.skip_tuner(16, stop=True))
+    fn, fresh = runs.beside(base, batch, named, style=adapters.skip_tuner(RANK, stop=True))
     grads = jax.jit(jax.grad(loss_of(base, fn, batch)))(fresh)["base"]
     first = {name: g for name, g in encoder(grads).items() if name != "code"}  # the decoder reads the code too
     rest = {name: g for name, g in grads.items() if name not in encoder(grads)}
@@ -128,7 +134,7 @@ def gradients(base, batch):
 def costs(base, batch, rounds):
     """Memory, operations and seconds of one gradient beside those of LoRA."""
     found = {}
-    for name, adapter in (("tuner", adapters.skip_tuner(16)), ("lora", adapters.lora(1))):
+    for name, adapter in (("tuner", adapters.skip_tuner(RANK)), ("lora", adapters.lora(1))):
         fn, fresh = runs.beside(base, batch, named, style=adapter)
         trained, rest = training.split(fresh, "^adapters/")
         step = jax.jit(jax.grad(lambda p, rest, fn=fn: loss_of(base, fn, batch)(training.join(p, rest))))
