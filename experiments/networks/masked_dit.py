@@ -13,8 +13,9 @@ held-out digits, interpolated between evaluations (1.01 if it is never reached; 
 (`tokens_loss`) and with no masks (`plain_loss`).
 
 The claim fails here: after 400 steps on pictures of 8 x 8 the losses with and without masks are equal to .0004, over two seeds that
-differ by .6 %, and the curves lie on each other. Masks help where pictures have parts to infer and training is long; that cost and
-result at inference are those of the plain network holds.
+differ by .6 %, and the curves lie on each other. A longer training, of one seed for 1200 steps on 200 digits, until the loss of
+held-out digits turns up again, reaches the lowest loss without masks in 18 % fewer steps with 30 % masked, and never with 60 %:
+no quarter. That cost and result at inference are those of the plain network holds.
 """
 
 import jax
