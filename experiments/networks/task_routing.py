@@ -4,12 +4,16 @@ x -> block(m_t x) + (1 - m_t) x around every block, where m_t keeps floor(beta C
 round(t^alpha (C - floor(beta C))), alpha = 4. Neighbours in time share nearly all channels, and the window moves little near
 the data. The parameters are those of the plain network, and so are its initial values here.
 
-On the digits with a small transformer, three trainings of each from the same starts, with the same batches and noise;
-`steps_ratio` is the number of steps after which the routed network has the plain network's final test loss, by the steps of
-the plain one, where both are averages over seeds; it is 2 where that loss is not reached.
+On the digits with a small transformer, three trainings of each from the same starts, with the same batches and noise: plain,
+routed, and `shuffled`, which has the same windows equally often, but at times in a mixed order, so that neighbours in time
+share no more than strangers. `steps_ratio` is the number of steps after which the routed network has the final test loss of the
+plain one, by the steps of that one (`steps_over_shuffled`: of the shuffled one), where both are averages over seeds; it is 2
+where that loss is not reached.
 
 Here it is not: the routed network is 10 % behind after 500 steps and 1.2 % after 1500. With 25 of 32 channels it has less to learn
-with, and the gap closes; that it overtakes, as large networks are reported to, is not seen at this size.
+with, and the gap closes; that it overtakes, as large networks are reported to, is not seen at this size. It has the loss of the
+shuffled one in 16 % fewer steps, and ends 1.3 % below it on average, but not for every seed: what the order of windows gains
+is of the size of what seeds change.
 """
 
 import jax
@@ -32,7 +36,7 @@ RECIPE = Recipe(
         "error_at_beta_1": at_most(0.0),
         "steps_ratio": at_most(1.0),
     },
-    minutes=2,
+    minutes=3,
 )
 BETA, ALPHA = 0.8, 4.0
 
@@ -45,6 +49,11 @@ def masks(channels=384, tasks=1000):
     overlap = (mask[1:] & mask[:-1]).sum(1) / mask.sum(1)[1:]
     half = start[tasks // 2]
     return {"adjacent_overlap": overlap.min(), "early_over_late_shift": (half - start[0]) / (start[-1] - half)}
+
+
+def mixed(t):
+    """Tasks in another order: steps of the golden section at every thousandth of time."""
+    return jnp.mod(jnp.round(1000 * t) * 0.618034, 1.0)
 
 
 def first_below(curve, level, steps):
@@ -63,12 +72,16 @@ def run(preset):
     steps, batch, width, depth, seeds, record = (1500, 64, 32, 3, 3, 25) if full else (4, 8, 8, 1, 1, 2)
     net = networks.from_linen(networks.DiT(width=width, depth=depth, heads=4 if full else 2, num_classes=CLASSES))
     denoiser = lambda fn: lambda params: diffjax.denoiser(fn, processes.rectified(), diffjax.from_velocity, params)
-    plain, routed = denoiser(net), denoiser(networks.task_routed(net, BETA, ALPHA))
+    models = {
+        "plain": denoiser(net),
+        "routed": denoiser(networks.task_routed(net, BETA, ALPHA)),
+        "shuffled": denoiser(networks.task_routed(net, BETA, ALPHA, task=mixed)),
+    }
 
     starts = [net.init(jax.random.key(seed), *EXAMPLE) for seed in range(seeds)]
     curves = {
         name: np.stack([c for _, c in train(model, LOSS, starts, steps=steps, batch=batch, record=record)])
-        for name, model in {"plain": plain, "routed": routed}.items()
+        for name, model in models.items()
     }
     x, t = jax.random.normal(jax.random.key(5), (8, 8, 8, 1)), jnp.linspace(0, 1, 8)
     params = networks.random_parameters(net.module, x, t, jnp.arange(8))
@@ -79,9 +92,11 @@ def run(preset):
         **masks(),
         "error_at_beta_1": gap,
         "steps_ratio": first_below(mean["routed"], mean["plain"][-1], steps) / steps,
+        "steps_over_shuffled": first_below(mean["routed"], mean["shuffled"][-1], steps) / steps,
         **{f"{name}_loss": c[:, -1].mean() for name, c in curves.items()},
         **{f"{name}_spread": c[:, -1].std() for name, c in curves.items()},
-        "routed_over_plain_seed_by_seed": (curves["routed"][:, -1] / curves["plain"][:, -1]).max(),
+        **{f"worst_routed_over_{k}": (curves["routed"][:, -1] / curves[k][:, -1]).max() for k in ("plain", "shuffled")},
+        "shuffled_over_plain": mean["shuffled"][-1] / mean["plain"][-1],
         "parameters": networks.parameter_count(starts[0]),
         "masks_image": shades(numerics.sliding_window(jnp.linspace(0, 1, 120), 48, int(BETA * 48), ALPHA).T),
     }
