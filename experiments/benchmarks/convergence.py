@@ -31,13 +31,17 @@ def sharp_mixture(dim: int = 2, seed: int = 0, components: int = 6) -> Any:
     return mixture(weights, means, stds=rng.uniform(0.2, 0.35, components))
 
 
-def build(name: str, process: Any, grid: str, evaluations: int, ends: tuple[float, float]) -> Any | None:
-    """The table of a card with as many steps as the evaluations allow, or None where none fits; `recommended` is its own grid.
+def build(
+    name: str, process: Any, grid: str, evaluations: int, ends: tuple[float, float], guidance: float = 1.0
+) -> Any | None:
+    """The table of a card with as many steps as the evaluations allow, or None where none fits.
+
+    `recommended` has a grid of its own, and is told the weight of guidance.
 
     Raises: ValueError: a card that is no table, or draws noise.
     """
     if name == "recommended":
-        return solvers.recommended(process, evaluations, start=ends[0], stop=ends[1])
+        return solvers.recommended(process, evaluations, guidance=guidance, start=ends[0], stop=ends[1])
     card = solvers.CATALOGUE[name]
     if card.noise or "nonlinear" in card.flags:
         raise ValueError(f"{name} has no error against the flow: it draws noise, or is no table")
@@ -77,7 +81,7 @@ def errors(
             fine = solvers.exp_ab(process, times.log_snr(process, 2000, start=ends[0], stop=ends[1]), 4, solvers.EPS)
             exact = np.asarray(run(denoiser, solvers.stack([fine]), x))[0]
         for n in budgets:
-            tables = {case: build(case[0], process, case[1], n, ends) for case in cases}
+            tables = {case: build(case[0], process, case[1], n, ends, guidance) for case in cases}
             tables = {case: table for case, table in tables.items() if table is not None}
             got = run(denoiser, solvers.stack(list(tables.values())), x)
             for case, end in zip(tables, np.asarray(got), strict=True):

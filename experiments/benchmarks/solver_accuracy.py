@@ -129,17 +129,17 @@ def problems(rng: np.random.Generator, d: int, count: int, batch: int) -> tuple[
 
 
 def log_joint(m: dict[str, Any], x: Any, sigma: Any) -> tuple[Any, Any]:
-    """The log joint density of states and isotropic components but for a constant [B, K], and variance of the marginals [K]."""
-    spread = m["variances"] + sigma**2
-    squared = (x**2).sum(-1, keepdims=True) - 2 * x @ m["means"].T + (m["means"] ** 2).sum(-1)
-    return m["log_weights"] - 0.5 * squared / spread - 0.5 * x.shape[-1] * jnp.log(spread), spread
+    """Log joint density of states and isotropic components but for a constant [B, K], variances of the marginals [1, K]."""
+    spread, means = (m["variances"] + sigma**2)[None], m["means"]
+    squared = (x**2).sum(-1, keepdims=True) - 2 * x @ means.T + (means**2).sum(-1)[None]
+    return m["log_weights"][None] - 0.5 * squared / spread - 0.5 * x.shape[-1] * jnp.log(spread), spread
 
 
 def _predict(d: Denoiser, state: Any, x: Any, t: Any, cond: Any, key: Any) -> Evaluation:
     """`testing.oracle` for isotropic components, where it takes a tenth of the time."""
     m, sigma = d.leaves, d.process.sigma(t)
     joint, spread = log_joint(m, x, sigma)
-    r, gain = jax.nn.softmax(joint, axis=-1), m["variances"] / spread
+    r, gain = jax.nn.softmax(joint, axis=-1), m["variances"][None] / spread
     x0 = (r * gain).sum(-1, keepdims=True) * x + (r * (1 - gain)) @ m["means"]
     return Evaluation(Prediction(x0, (x - x0) / sigma), state)
 
