@@ -2,9 +2,8 @@
 
 The base is a flow on the digits that knows labels. Three things are done with s' = s + U act(D (s + g(c))) on its skips:
 - the style of bold digits (every stroke a place wider: each place as bright as the brighter of itself and the one before it in
-  its row) is learned from pictures of the training set, without a condition c, by a tuner with about as many parameters as
-  LoRA of rank one. Samples are compared with bold held-out digits by their ink and by the sliced Wasserstein distance, over that
-  of the base; a judge of bold digits says whether they can still be read, because grey pictures have much ink too;
+  its row) is learned from pictures of the training set, without a condition c. Samples are compared with bold held-out digits
+  by their ink and by the sliced Wasserstein distance, over that of the base; a judge of bold digits says whether they can still be read, because grey pictures have much ink too;
 - edges are followed, as by ControlNet, c being encoded by a cascade of convolutions (the controllable tuner);
 - one gradient of the loss is compiled for the tuner and for LoRA of all kernels, of rank one, and its
   temporary memory, operations and seconds (the least of several alternating runs) compared.
@@ -45,7 +44,7 @@ RECIPE = Recipe(
     },
     minutes=2,
 )
-RANK = 48  # of the tuner of style
+RANK = 16  # of the tuner of style; of rank 48 it is read off 0.945 of the data, but takes 0.77 of the memory of LoRA
 
 
 def named(batch):
