@@ -3,7 +3,8 @@
 The base is a flow on the digits that knows labels. Three things are done with s' = s + U act(D (s + g(c))) on its skips:
 - the style of bold digits (every stroke a place wider: each place as bright as the brighter of itself and the one before it in
   its row) is learned from pictures of the training set, without a condition c. Samples are compared with bold held-out digits
-  by their ink and by the sliced Wasserstein distance, over that of the base; a judge of bold digits says whether they can still be read, because grey pictures have much ink too;
+  by their ink and by the sliced Wasserstein distance, over that of the base; a judge of
+  bold digits says whether they can still be read, because grey pictures have much ink too;
 - edges are followed, as by ControlNet, c being encoded by a cascade of convolutions (the controllable tuner);
 - one gradient of the loss is compiled for the tuner and for LoRA of all kernels, of rank one, and its
   temporary memory, operations and seconds (the least of several alternating runs) compared.
