@@ -4,18 +4,18 @@ The student resizes between levels by the Haar transform: down, the four bands a
 mean of the features (and so of the time) and summed; up, quarters of the channels are taken for bands, weighed, joined.
 It learns by the loss of its teacher, which has more than eight times its operations, and from the teacher:
 
-    L = L_teacher + 0.1 mean |T - S|^2 + 0.1 mean w |F(T) - F(S)|^2,   w = |F(x0)|^alpha
+    L = L_teacher + 0.1 mean |T - S|^2 + mean w |F(T) - F(S)|^2,   w = |F(x0)|^alpha
 
 alpha = -1 weighs frequencies up that are weak in the data, which is where small networks fail; alpha = 0 is plain
-distillation with the same loss, steps, data and noise. Data: textures of 1/f amplitude, so that the true power of every
+distillation with the same loss, steps, data and noise. Data: textures of Gaussian noise, so that the true power of every
 frequency is known; the error is that of the log-power of samples, in rings of the upper half of the frequencies. Students
 differ by their initial weights. Outputs (velocities of the rectified flow) are compared, not features: predictions of the
 noise are so badly conditioned at t = 1 that samples of students this small leave the data by orders of magnitude.
 
-A cut of the error by 30 % was expected; in 600 steps it is half of that: 0.168 instead of 0.199, less for each initial
-weights, with the low frequencies as they were (0.096 and 0.095). With ten times the weight of the last term plain
-distillation gains more than the weighted one does (0.180 and 0.169). So the bound below fails; a cut by a
-tenth holds. Neither sampler nor number of samples is the limit: the exact velocity, sampled alike, has an error of 0.020.
+Amplitudes fall as f^-2. With amplitudes 1/f on 8 x 8 no frequency is weak (0.4 of a pixel's deviation or more): there the weights
+cut the error by 15 %, and not by the 35 % found here. After 1000 steps of the teacher instead of 2000, the cut was 30 %, with a
+tenth of the last term's weight 18 % (.778 and .638), with five times it 27 % (.562 and .410). The low frequencies pay for it:
+.10 instead of .07.
 """
 
 import jax
@@ -36,18 +36,21 @@ RECIPE = Recipe(
         "operations_ratio": at_most(1 / 8),
         "high_error_ratio": at_most(0.7),
         "reconstruction_error": at_most(1e-6),
+        "high_error_over_strong": at_most(1.0),
         "seeds_improved": at_least(1.0),
     },
     minutes=2,
 )
 PROCESS = processes.rectified()
+FALL = 2.0
+ARMS = {"plain": (0.0, 1.0), "weighted": (-1.0, 1.0), "plain_strong": (0.0, 5.0)}  # alpha, weight of the last term
 SLIM = {"down": networks.wavelet_down, "up": networks.wavelet_up}
 
 
 def amplitudes(size):
-    """The standard deviation of every frequency of the textures, 1/f, for pixels of variance one."""
+    """The standard deviation of every frequency of the textures, f^-FALL, for pixels of variance one."""
     k = np.fft.fftfreq(size) * size
-    a = 1 / np.maximum(np.hypot(k[:, None], k[None, :]), 1)
+    a = np.maximum(np.hypot(k[:, None], k[None, :]), 1) ** -FALL
     return a / np.sqrt(np.mean(a**2))
 
 
@@ -94,8 +97,10 @@ def draw(net, params, solver, n, size):
 
 
 def run(preset):
-    size, n, steps, batch, seeds, widths, slim, evaluations = (
-        (8, 512, 600, 32, 2, (16, 32), (4, 12), 15) if preset == "full" else (8, 8, 2, 4, 1, (4, 8), (4, 4), 2)
+    size, n, long, steps, batch, seeds, widths, slim, evaluations = (
+        (8, 1024, 2000, 600, 32, 2, (16, 32), (4, 12), 15)
+        if preset == "full"
+        else (8, 8, 2, 2, 4, 1, (4, 8), (4, 4), 2)
     )
     x, t = np.zeros((1, size, size, 1), np.float32), np.zeros(1, np.float32)
     make = lambda widths, **parts: networks.from_linen(networks.UNet(widths=widths, attention=(), code=32, **parts))
@@ -106,7 +111,7 @@ def run(preset):
     pool, base = jnp.asarray(textures(1, 8192, size)), losses.flow_matching()
     solver = solvers.recommended(PROCESS, evaluations)
     start = big.init(jax.random.key(0), x, t)
-    teacher = jax.jit(lambda p, pool: train(big, base, p, pool, steps=steps, batch=batch))(start, pool)
+    teacher = jax.jit(lambda p, pool: train(big, base, p, pool, steps=long, batch=batch))(start, pool)
 
     def student(params, alpha, frequency, teacher, pool):
         teacher = diffjax.denoiser(big, PROCESS, diffjax.from_velocity, teacher)
@@ -114,27 +119,25 @@ def run(preset):
         return train(small, loss, params, pool, steps=steps, batch=batch)
 
     inits = [small.init(jax.random.key(10 + i), x, t) for i in range(seeds)]
-    inits = jax.tree.map(lambda *leaves: jnp.stack(leaves * 4), *inits)
-    alphas, frequencies = (jnp.repeat(jnp.asarray(a), seeds) for a in ([0.0, -1.0, 0.0, -1.0], [0.1, 0.1, 1.0, 1.0]))
+    inits = jax.tree.map(lambda *leaves: jnp.stack(leaves * len(ARMS)), *inits)
+    alphas, frequencies = jnp.repeat(jnp.asarray(list(ARMS.values())), seeds, axis=0).T
     students = jax.jit(jax.vmap(student, (0, 0, 0, None, None)))(inits, alphas, frequencies, teacher, pool)
 
     found = jax.jit(jax.vmap(lambda p: draw(small, p, solver, n, size)))(students)
-    low, high = np.array([spectrum_error(s) for s in found]).reshape(4, seeds, 2).transpose(2, 0, 1)
+    taught = jax.jit(lambda p: draw(big, p, solver, n, size))(teacher)
+    low, high = np.array([spectrum_error(s) for s in found]).reshape(len(ARMS), seeds, 2).transpose(2, 0, 1)
     bands = networks.haar(pool[:8])
     return {
         "operations_ratio": operations[1] / operations[0],
-        "high_error_plain": high[0].mean(),
-        "high_error_weighted": high[1].mean(),
-        "high_error_ratio": high[1].mean() / high[0].mean(),
-        "seeds_improved": np.mean(high[1] < high[0]),
-        "low_error_plain": low[0].mean(),
-        "low_error_weighted": low[1].mean(),
-        "high_error_plain_strong": high[2].mean(),
-        "high_error_weighted_strong": high[3].mean(),
-        "high_error_ratio_strong": high[3].mean() / high[2].mean(),
+        **{f"high_error_{name}": e.mean() for name, e in zip(ARMS, high, strict=True)},
+        **{f"low_error_{name}": e.mean() for name, e in zip(ARMS, low, strict=True)},
+        "high_error_teacher": spectrum_error(taught)[1],
         "high_error_of_data": spectrum_error(textures(2, n, size))[1],
+        "high_error_ratio": high[1].mean() / high[0].mean(),
+        "high_error_over_strong": high[1].mean() / high[2].mean(),
+        "high_error_ratio_worst": (high[1] / high[0]).max(),
+        "seeds_improved": np.mean(high[1] < high[0]),
         "reconstruction_error": np.abs(networks.inverse_haar(bands) - pool[:8]).max(),
         "data_grid": np.asarray(pool[:16]),
-        "plain_grid": np.asarray(found[0, :16]),
-        "weighted_grid": np.asarray(found[seeds, :16]),
+        **{f"{name}_grid": np.asarray(found[i * seeds, :16]) for i, name in enumerate(ARMS)},
     }
