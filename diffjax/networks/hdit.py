@@ -54,8 +54,8 @@ class CentredRope:
     Raises: ValueError: a head that is no multiple of 8.
 
     Example:
-        >>> CentredRope()(2, 2, 8)[:, 2].round(3).tolist()
-        [-1.571, -1.571, 1.571, 1.571]
+        >>> (CentredRope()(2, 2, 8)[:, 2] / np.pi).tolist()
+        [-0.5, -0.5, 0.5, 0.5]
 
     Reference: Crowson et al. 2024, arXiv:2401.11605.
     """

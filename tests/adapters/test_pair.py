@@ -111,6 +111,7 @@ def test_several_pairs_commute_and_one_of_weight_zero_is_not_there():
     np.testing.assert_allclose(joint["x"], whole, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_pair_trains_with_times_of_its_own_and_samples_each_way():
     net, base, x, t, cond = network("scanned")
     fn = adapters.adapt(net, pair=KINDS["unicon"])

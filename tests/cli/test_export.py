@@ -164,6 +164,7 @@ def begin(call, source, *options):
     )
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_weights_of_another(trained, call):
     """With a learning rate too small to move a weight, the new parameters after one step are the old ones."""
     folder, _ = trained

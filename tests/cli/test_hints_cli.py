@@ -63,6 +63,7 @@ def test_hints_by_hand():
         hints.low_resolution(np.zeros((1, 6, 4, 1), np.float32))
 
 
+@pytest.mark.slow
 def test_the_control_net_alone_is_trained_on_hints(runs):
     _, base, edges = runs
     plain, found = diffjax.load(base).denoiser.leaves, diffjax.load(edges, weights="params")
@@ -81,6 +82,7 @@ def drawn(call, *words):
     return np.load(got.out.split()[1])["x"]
 
 
+@pytest.mark.slow
 def test_samples_are_told_held_out_hints_or_those_of_files(runs, call, tmp_path):
     _, base, edges = runs
     assert call("export", edges, "-o", tmp_path / "edges.safetensors").code == 0
@@ -131,6 +133,7 @@ def test_other_adapters_that_are_told_hints(runs, call, kind, hint):
     assert np.isfinite(both).all()
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_refused(runs, call, tmp_path):
     data, base, edges = runs
     beside = ("--init", base, "--adapter")
@@ -172,6 +175,7 @@ def exported(call, edges, base):
     return "edges.safetensors", diffjax.load(base).denoiser.leaves
 
 
+@pytest.mark.slow
 def test_a_condition_of_the_library_is_that_of_the_command_line(runs, call):
     """The denoiser of a run with a file beside it, called by hand, is that of the adapted network."""
     _, base, edges = runs

@@ -12,6 +12,7 @@ import diffjax
 from diffjax.training import placement
 
 
+@pytest.mark.slow
 def test_a_run_may_cut_its_state_and_go_on_with_another_layout(trained, call):
     code, _, err = call(
         "train", "gaussians", "--run", "cut", "--no-scores", *TINY, "--training.layout.fsdp", "4", "--training.offload"

@@ -38,6 +38,7 @@ def test_published_sizes(name):
     shapes_of(peer.table(net, config), template)  # every parameter has its tensors, and no other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["EDMPrecond", "VPPrecond", "VEPrecond", "Precond"])
 def test_denoisers_need_no_scheduler(kind):
     model = interop.load_pretrained(FOLDER / ("Precond-edm2-plain" if kind == "Precond" else "EDMPrecond-ncsnpp"))

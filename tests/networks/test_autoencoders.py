@@ -115,6 +115,7 @@ def test_shapes_dtypes_and_items(case):
     assert np.abs(both(params, x + 0.5)[1] - y).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_taps_are_read_and_written_and_remat_changes_nothing(case):
     net, _, params, x, both = case
     call = lambda net: lambda p, x, mutable=False: net.apply({"params": p}, x, mutable=mutable)

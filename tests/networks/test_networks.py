@@ -83,6 +83,7 @@ def test_scan_vmap_and_scalar_time_equal_the_plain_call(case, forward):
         np.testing.assert_allclose(z, y, atol=2e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_remat_changes_no_gradient_and_bfloat16_little(name, forward):
     plain, remat, half = (case_of(name, **SMALL[name], **c) for c in ({}, {"remat": "full"}, {"dtype": jnp.bfloat16}))

@@ -232,6 +232,7 @@ STRUCTURES = {  # with one, two and three axes
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(STRUCTURES))
 def test_published_structures_use_all_their_parameters_and_inputs(name):
     net, shape = STRUCTURES[name]

@@ -359,6 +359,7 @@ def programs(names):
     return {kind(CATALOGUE[name].build): name for name in names}.values()
 
 
+@pytest.mark.slow
 def test_traced_grid_builds_the_same_table(x64):
     process = processes.cosine()
     grid = times.uniform(7, start=0.97, stop=0.02)

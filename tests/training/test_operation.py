@@ -383,6 +383,7 @@ def test_a_long_burst_takes_several_rewinds_and_too_long_a_one_ends_the_run(tmp_
         rewinding(tmp_path / "b", bad=range(13, 1000))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_rewinds_as_the_whole_one_does(tmp_path):
     whole = rewinding(tmp_path / "a", metrics_file=tmp_path / "ma")
     for stop in (11, 14, 17):  # before, in, and after the burst
