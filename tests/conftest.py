@@ -1,7 +1,9 @@
 """Eight fake CPU devices, cheap compilation, a persistent cache, and every checker that JAX has, for all tests."""
 
+import contextlib
 import os
 import pathlib
+import resource
 
 FAST_FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {FAST_FLAGS}".strip()
@@ -28,6 +30,22 @@ def x64():
     """Float64 for one test."""
     with jax.enable_x64():
         yield
+
+
+@pytest.fixture
+def full_disk():
+    """`with full_disk(size):` no file may grow over this size."""
+
+    @contextlib.contextmanager
+    def limited(size):
+        old = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, old)
+
+    return limited
 
 
 @pytest.fixture

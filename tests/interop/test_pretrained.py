@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from interop_tools import CONFIG, arrays, equal, folder_of, parameters
-from test_tensors import Bomb, full_disk
+from test_tensors import Bomb
 
 from diffjax import cli, interop, networks
 from diffjax.interop import as_pretrained, load_pretrained, open_tensors, pretrained, rules, save_pretrained
@@ -263,7 +263,7 @@ def test_what_does_not_belong_together_is_not_written(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a"]
 
 
-def test_a_full_disk_leaves_no_folder(tmp_path):
+def test_a_full_disk_leaves_no_folder(tmp_path, full_disk):
     found = load_pretrained(folder_of(tmp_path / "a"))
     with full_disk(15_000), pytest.raises(OSError, match="File too large"):
         save_pretrained(tmp_path / "b", found)

@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import pickle
-import resource
 import struct
 import weakref
 from collections.abc import Mapping
@@ -257,18 +256,7 @@ def test_folders_without_an_answer(tmp_path):
 # -------------------------------------------------------------------------------------------------------- writing
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """No file may grow over this size."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path):
+def test_a_full_disk_leaves_nothing_and_keeps_what_was_there(tmp_path, full_disk):
     path = tmp_path / "a.safetensors"
     write(path, {"old": np.ones(3)})
     with full_disk(20_000), pytest.raises(OSError, match="File too large"):

@@ -1,15 +1,11 @@
 """The recommended solver: its method against a textbook loop, and its rule against the errors that were measured of peers."""
 
-import json
-import pathlib
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import diffjax
-import experiments
 from diffjax import processes, solvers, times
 from diffjax.solvers.recommended import (
     ENDS,
@@ -23,36 +19,17 @@ from diffjax.solvers.recommended import (
     orders,
 )
 from diffjax.testing import flow, gaussian, mixture, oracle
+from experiments.benchmarks import solver_accuracy
+from experiments.benchmarks.solver_accuracy import LIMITS
 
-BAR = pathlib.Path(experiments.__file__).parent / "benchmarks" / "solver_bar_2d.json"
-LIMITS = {
-    5: (1.0, 1.0),
-    8: (1.0, 1.0),
-    10: (0.6, 0.85),
-    15: (0.6, 0.6),
-    20: (0.4, 0.4),
-    30: (0.25, 0.25),
-    50: (0.1, 0.1),
-}
 COSINE = processes.cosine()
 
 
 @pytest.fixture(scope="module")
 def bar():
     """Problem, start and the best peer's (rms, median) at each number of evaluations."""
-    data = json.loads(BAR.read_text())
-    p = data["problem"]
-    weights, means, stds = (np.array(p[k]) for k in ("weights", "means", "std"))
-    rng = np.random.RandomState(p["seed_start"])
-    k = rng.choice(len(weights), p["batch"], p=weights / weights.sum())
-    x0 = means[k] + stds[k][:, None] * rng.randn(p["batch"], 2)
-    x = x0 + p["sigma_max"] * rng.randn(p["batch"], 2)
-    best = {}
-    for n in LIMITS:
-        peers = [e[str(n)] for e in data["peers"].values() if str(n) in e]
-        peers = np.array([e for e in peers if e[0] <= n and np.all(np.isfinite(e[1:3]))])
-        best[n] = peers[:, 1].min(), peers[:, 2].min()
-    return mixture(weights, means, stds), processes.ve(p["sigma_min"], p["sigma_max"]), x, best
+    m, x, best = solver_accuracy.bar()
+    return m, solver_accuracy.PROCESS, x, best
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,5 @@
 """One reader and writer of tensors serves weights of ours and of others, without the package of the format."""
 
-import contextlib
-import resource
 import sys
 
 import numpy as np
@@ -50,18 +48,7 @@ def test_what_is_wrong_with_a_file_is_said(tmp_path):
         training.load_safetensors(tmp_path / "b.pt")
 
 
-@contextlib.contextmanager
-def full_disk(size):
-    """No file may grow over this size."""
-    old = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, old[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, old)
-
-
-def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path):
+def test_a_full_disk_names_the_file_and_leaves_the_old_one(tmp_path, full_disk):
     path = training.export_safetensors(PARAMS, tmp_path / "a.safetensors")
     good = path.read_bytes()
     with full_disk(10_000), pytest.raises(OSError, match="File too large.*a.safetensors"):
