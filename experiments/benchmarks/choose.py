@@ -79,7 +79,7 @@ def newest(benchmark: str, **fields: Any) -> dict[str, Any]:
 
 
 def accuracy_table() -> str:
-    """`recommended` over the best other method: the stored mixture, then figures of many problems by dimension."""
+    """`recommended` over the best peer: the stored mixture, then figures of many problems by dimension."""
     report = newest("solver_accuracy")
     pair = lambda v, scale=1.0: " / ".join(f"{scale * a:.3g}" for a in v)
     rows = [["limits", "rms / median", *(pair(v) for v in solver_accuracy.LIMITS.values())]]
@@ -87,9 +87,10 @@ def accuracy_table() -> str:
     shown = (
         ("middle", "middle problem, rms / median", 1.0),
         ("worst", "worst problem, rms / median", 1.0),
-        ("within", "% of problems within the limits", 100.0),
-        ("pooled", "pooled rms / without flips", 1.0),
-        ("flips", "% of items that flip, rule / other", 100.0),
+        ("within", "% of problems within the limits, rms / median", 100.0),
+        ("within without flips", "the same where no item flips, rms: problems / of", 1.0),
+        ("pooled", "pooled rms", 1.0),
+        ("flips", "% of items that flip", 100.0),
     )
     for d, found in report["dimensions"].items():
         for key, words, scale in shown:
@@ -139,11 +140,11 @@ Root mean square error of every deterministic solver on sharp Gaussian mixtures 
 sigma / alpha = 14 to .01, the better of the log-SNR and Karras grids; columns: dimension, guidance weight w, evaluations):
 
 {cards_table(json.loads(STORED.read_text(encoding="utf-8")))}
-Error of `recommended` over the best other method of each problem. The stored mixture is against 128 choices of solver and grid
-of k-diffusion, diffusers and azula, measured with their own code; the others are {report["problems"]} new mixtures in each
-dimension, of {report["batch"]} items, against this library's methods. Pooled: over all items of all problems, against the one other
-method that is best on all. An item flips where it ends in another mode than its exact trajectory; the second pooled figure
-leaves out the items that flip at the rule or at that other method:
+Error of `recommended` over the best peer's, of all samplers and grids of k-diffusion, diffusers and azula, measured with their
+own code on every problem: 128 choices on the stored mixture, and the 77 of them that come near the best on {report["problems"]} new
+mixtures in each dimension, of {report["batch"]} items (experiments/peers/solver_bars.py). Pooled: over all items of all problems,
+against the one peer that is best on all. An item flips where it ends in another mode than its exact trajectory, and one that
+does is the rms of its problem:
 
 {accuracy_table()}
 Trained networks: rms distance to a trajectory of 1000 steps from the same start:

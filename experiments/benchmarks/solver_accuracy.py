@@ -1,13 +1,13 @@
-"""`recommended` against the best peer, and against the best of the catalogue's methods on the usual grids.
+"""`recommended` against the best of the peers, k-diffusion, diffusers and azula, at as many evaluations.
 
 error = ||x - exact|| of every item at sigma = 0.01, in float64; a ratio is the rms (median) over the batch over the
-smallest rms (median) of all the others at as many evaluations. Problems: the mixture of `solver_bar_2d.json`, where others
-are the peers measured there, and new random mixtures in 2 to 32 dimensions, where others are this library's own methods.
+smallest rms (median) of all peers with their grids. Problems: the mixture of `solver_bar_2d.json`, and random mixtures in 2 to
+32 dimensions, on which experiments/peers/solver_bars.py measured the same peers with their own code (`solver_bars.json`).
 
 Of many problems there are the middle ratio, the worst, the share of problems whose ratio meets its limit, and the pooled
-ratio: the rms over all items of all problems, over that of the one other method whose pooled rms is smallest. An item flips
-if it ends in another mode (the most likely component) than its exact trajectory; the pooled rms is also given without
-the items that flip at the rule or at that other method.
+ratio: the rms over all items of all problems, over that of the one peer whose pooled rms is smallest. An item flips if it
+ends in another mode (the most likely component) than its exact trajectory: one that flips is the rms of its problem.
+`within without flips` counts the problems in which no item flips at the rule, and those of them that meet the rms limit.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from diffjax.types import Denoiser, Evaluation, Prediction
 from experiments.benchmarks import measure
 
 HERE = pathlib.Path(__file__).parent
-BAR = HERE / "solver_bar_2d.json"
+BAR, BARS = HERE / "solver_bar_2d.json", HERE / "solver_bars.json"
 PICTURE = HERE.parent / "results" / "benchmarks" / "solver_accuracy.png"
 LIMITS = {  # evaluations -> ratios of rms and median to be met
     5: (1.0, 1.0),
@@ -40,11 +40,7 @@ LIMITS = {  # evaluations -> ratios of rms and median to be met
 EVALUATIONS = tuple(LIMITS)
 PROCESS = processes.ve(0.010000500037502575, 157.40728081040757)
 COMPONENTS = 10
-OTHERS = (
-    "ddim", "dpmpp_2m", "dpmpp_3m", "exp_ab2_x0", "exp_ab3_x0", "exp_ab4_x0", "exp_ab2_eps", "exp_ab3_eps", "exp_ab4_eps",
-    "exp_ab2_v", "exp_ab3_v", "exp_ab4_v", "unipc2_x0", "unipc3_x0", "unipc3_eps", "deis_t4", "deis_rho4", "dpm_solver_3",
-)  # fmt: skip
-GRIDS = {"log_snr": times.log_snr, "karras": times.karras}
+DIMENSIONS, COUNT, BATCH, SEED = (2, 4, 8, 16, 32), 24, 1024, 112026
 RUN = jax.jit(jax.vmap(diffjax.sample, (None, None, 0, None)))
 
 
@@ -70,16 +66,13 @@ def start(rng: np.random.Generator, m: Any, n: int) -> np.ndarray:
 
 
 def tables(n: int) -> dict[str, Any]:
-    """`recommended` and all others with at most n evaluations."""
-    out = {"recommended": solvers.recommended(PROCESS, n)}
-    for grid, make in GRIDS.items():
-        steps = {name: n // int(solvers.CATALOGUE[name].evals) for name in OTHERS}
-        out |= {
-            f"{name} {grid}": solvers.CATALOGUE[name].build(PROCESS, make(PROCESS, k)) for name, k in steps.items() if k
-        }
-        half = solvers.compact(solvers.heun(PROCESS, make(PROCESS, n // 2)))
-        out[f"heun {grid}"] = half
-    return out
+    """`recommended` and some of the catalogue's methods, to plot beside it."""
+    card = lambda name, grid: solvers.CATALOGUE[name].build(PROCESS, grid(PROCESS, n))
+    return {
+        "recommended": solvers.recommended(PROCESS, n),
+        "dpmpp_2m karras": card("dpmpp_2m", times.karras),
+        **{f"{name} log_snr": card(name, times.log_snr) for name in ("dpmpp_3m", "exp_ab4_x0", "exp_ab4_eps", "ddim")},
+    }
 
 
 def errors(m: Any, x: np.ndarray, counts: tuple[int, ...]) -> dict[int, dict[str, np.ndarray]]:
@@ -113,19 +106,28 @@ def bar() -> tuple[Any, np.ndarray, dict[int, np.ndarray]]:
 # ---------------------------------------------------------------------------------------------------- many problems
 
 
-def problems(rng: np.random.Generator, d: int, count: int, batch: int) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Mixtures side by side, their components filled up with impossible ones, and their starts [count, batch, d].
-
-    One in six is smooth.
-    """
-    mixtures = [random_mixture(rng, d, "smooth" if i % 6 == 5 else "sharp") for i in range(count)]
+def leaves(mixtures: list[Any]) -> dict[str, np.ndarray]:
+    """Isotropic mixtures side by side, their components filled up with impossible ones."""
     filled = lambda a, value: np.concatenate([a, np.full((COMPONENTS - len(a), *a.shape[1:]), value)])
-    leaves = {
+    return {
         "log_weights": np.stack([filled(m.log_weights, -1e30) for m in mixtures]),
         "means": np.stack([filled(m.means, 0.0) for m in mixtures]),
         "variances": np.stack([filled(m.spectra[:, 0], 1.0) for m in mixtures]),
     }
-    return leaves, np.stack([start(rng, m, batch) for m in mixtures])
+
+
+def problems(
+    d: int, count: int = COUNT, batch: int = BATCH, seed: int = SEED
+) -> tuple[dict[str, np.ndarray], np.ndarray]:
+    """Random mixtures in d dimensions side by side, and their starts [count, batch, d]; one in six is smooth."""
+    rng = np.random.default_rng([seed, d])
+    mixtures = [random_mixture(rng, d, "smooth" if i % 6 == 5 else "sharp") for i in range(count)]
+    return leaves(mixtures), np.stack([start(rng, m, batch) for m in mixtures])
+
+
+def fine(process: Any = PROCESS) -> Any:
+    """A solver that is exact to 1e-9."""
+    return solvers.CATALOGUE["exp_ab4_eps"].build(process, times.log_snr(process, 2000))
 
 
 def log_joint(m: dict[str, Any], x: Any, sigma: Any) -> tuple[Any, Any]:
@@ -145,52 +147,47 @@ def _predict(d: Denoiser, state: Any, x: Any, t: Any, cond: Any, key: Any) -> Ev
 
 
 @jax.jit
-def ends(m: dict[str, Any], solver: Any, x: Any) -> tuple[Any, Any]:
+def ends(m: dict[str, Any], solver: Any, x: Any, process: Any = PROCESS) -> tuple[Any, Any]:
     """The last states of one table on many problems [P, B, d], and their modes [P, B]; no recompilation for padded tables."""
 
     def one(m: dict[str, Any], x: Any) -> tuple[Any, Any]:
-        end = diffjax.sample(jax.random.key(0), Denoiser(leaves=m, process=PROCESS, apply=_predict), solver, x)
-        return end, jnp.argmax(log_joint(m, end, PROCESS.sigma(0.0))[0], axis=-1)
+        end = diffjax.sample(jax.random.key(0), Denoiser(leaves=m, process=process, apply=_predict), solver, x)
+        return end, jnp.argmax(log_joint(m, end, process.sigma(0.0))[0], axis=-1)
 
     return jax.vmap(one)(m, x)
 
 
-def many(rng: np.random.Generator, d: int, counts: tuple[int, ...], count: int, batch: int) -> dict[str, Any]:
-    """All figures of new mixtures in d dimensions, [rms, median] at every number of evaluations; see the module."""
-    m, x = problems(rng, d, count, batch)
-    fine = solvers.CATALOGUE["exp_ab4_eps"].build(PROCESS, times.log_snr(PROCESS, 2000))
-    exact, home = ends(m, fine, x)
-    out: dict[str, list[Any]] = {}
+def many(d: int, counts: tuple[int, ...]) -> dict[str, Any]:
+    """All figures of the random mixtures in d dimensions, [rms, median] at every number of evaluations; see the module."""
+    m, x = problems(d)
+    exact, home = ends(m, fine(), x)
+    stored, out = json.loads(BARS.read_text())[str(d)], {}
     for n in counts:
-        squared, flips = {}, {}
-        for name, table in tables(n).items():
-            end, mode = ends(m, solvers.pad(solvers.compact(table), max(EVALUATIONS), 2, 6, 0), x)
-            squared[name] = np.asarray(((end - exact) ** 2).sum(-1))
-            flips[name] = np.asarray(mode != home)
-        figures = summary(squared, flips, LIMITS[n])
-        for key, value in figures.items():
+        table = solvers.pad(solvers.compact(solvers.recommended(PROCESS, n)), max(EVALUATIONS), 2, 6, 0)
+        end, mode = ends(m, table, x)
+        squared = np.asarray(((end - exact) ** 2).sum(-1))
+        best = np.array([[error for _, error in row[str(n)]] for row in stored["best"]])
+        peer, pooled = stored["pooled"][str(n)]
+        figures = summary(squared, np.asarray(mode != home), best, pooled, LIMITS[n])
+        for key, value in (figures | {"best": peer}).items():
             out.setdefault(key, []).append(value)
     return out
 
 
 def summary(
-    squared: dict[str, np.ndarray], flips: dict[str, np.ndarray], limits: tuple[float, float]
+    squared: np.ndarray, flips: np.ndarray, best: np.ndarray, pooled: float, limits: tuple[float, float]
 ) -> dict[str, Any]:
-    """The figures at one number of evaluations, from squared errors and flips [P, B] of every method."""
-    rule, rest = squared["recommended"], [name for name in squared if name != "recommended"]
-    both = lambda e: np.sqrt(np.stack([e.mean(-1), np.median(e, axis=-1)], axis=-1))  # [P, 2]
-    ratio = both(rule) / np.nanmin([both(squared[name]) for name in rest], axis=0)
-    best = rest[int(np.nanargmin([squared[name].mean() for name in rest]))]
-    stays = ~(flips["recommended"] | flips[best])
-    pooled = lambda keep: float(np.sqrt(rule[keep].mean() / squared[best][keep].mean()))
-    digits = lambda v: [float(f"{a:.2g}") for a in v]
+    """The figures at one number of evaluations, from squared errors and flips [P, B] and the peers' errors [P, 2]."""
+    ratio = np.sqrt(np.stack([squared.mean(-1), np.median(squared, axis=-1)], axis=-1)) / best
+    met, still = ratio <= np.array(limits), ~flips.any(-1)
+    digits = lambda v: [float(f"{a:.2g}") for a in np.atleast_1d(v)]
     return {
         "middle": digits(np.median(ratio, axis=0)),
         "worst": digits(ratio.max(axis=0)),
-        "within": digits((ratio <= np.array(limits)).mean(0)),
-        "pooled": digits([pooled(np.ones_like(stays)), pooled(stays)]),
-        "flips": digits([flips["recommended"].mean(), flips[best].mean()]),
-        "best": best,
+        "within": digits(met.mean(0)),
+        "within without flips": [int(met[still, 0].sum()), int(still.sum())],
+        "pooled": digits(np.sqrt(squared.mean()) / pooled),
+        "flips": digits(flips.mean()),
     }
 
 
@@ -203,16 +200,8 @@ def plot(found: dict[int, dict[str, np.ndarray]]) -> None:
 
     PICTURE.parent.mkdir(parents=True, exist_ok=True)
     figure, axes = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
-    chosen = (
-        "recommended",
-        "dpmpp_2m karras",
-        "dpmpp_3m log_snr",
-        "exp_ab4_x0 log_snr",
-        "exp_ab4_eps log_snr",
-        "ddim log_snr",
-    )
     for column, (axis, title) in enumerate(zip(axes, ("rms", "median"), strict=True)):
-        for name in chosen:
+        for name in found[EVALUATIONS[0]]:
             axis.loglog(list(found), [e[name][column] for e in found.values()], "o-", label=name, ms=3)
         axis.set(xlabel="evaluations", title=f"{title} error")
     axes[0].legend(fontsize=7)
@@ -221,20 +210,16 @@ def plot(found: dict[int, dict[str, np.ndarray]]) -> None:
     plt.close(figure)
 
 
-def run(quick: bool = False, seed: int = 92026) -> dict[str, Any]:
-    """All figures; `quick`: two problems in two dimensions."""
-    counts = EVALUATIONS[:2] if quick else EVALUATIONS
-    dims, count, batch = ((2,), 2, 32) if quick else ((2, 4, 8, 16, 32), 24, 1024)
+def run() -> dict[str, Any]:
+    """All figures, and the plot."""
+    counts = EVALUATIONS
     with jax.enable_x64(True):
         m, x, best = bar()
         found = errors(m, x, counts)
         against = [[float(f"{v:.2g}") for v in found[n]["recommended"] / best[n]] for n in counts]
         report: dict[str, Any] = {"evaluations": list(counts), "bar over the best peer": against}
-        report |= {"problems": count, "batch": batch}
-        rng = np.random.default_rng(seed)
-        report["dimensions"] = {str(d): many(rng, d, counts, count, batch) for d in dims}
-    if not quick:
-        plot(found)
+        report |= {"problems": COUNT, "batch": BATCH, "dimensions": {str(d): many(d, counts) for d in DIMENSIONS}}
+    plot(found)
     return report
 
 

@@ -90,7 +90,7 @@ def distances(
 def run(path: str | None = None, quick: bool = False) -> dict[str, Any]:
     """All distances; `quick`: a network that is hardly trained, two numbers of evaluations."""
     model = folder(path) if path else plane(20 if quick else 2000)
-    counts, n = (EVALUATIONS[:2], 8) if quick else (EVALUATIONS, 48 if path else 256)
+    counts, n = (EVALUATIONS[:2], 8) if quick else (EVALUATIONS, 128 if path else 256)
     report: dict[str, Any] = {"network": "run" if path else "plane", "evaluations": list(counts)}
     for weight in (1.0, 3.0):
         report[f"guidance {weight:g} [rms, median]"] = distances(*model, weight, n, counts)

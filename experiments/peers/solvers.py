@@ -74,8 +74,8 @@ class Recorder:
         }
 
 
-def k_diffusion() -> dict:
-    """Samplers on a VE state, over the sigmas; none of them ends at zero here."""
+def peer_of_k_diffusion() -> types.ModuleType:
+    """The samplers of k-diffusion, without what it needs for training."""
     package = types.ModuleType("k_diffusion")
     spec = importlib.util.find_spec("k_diffusion")
     package.__path__ = list(spec.submodule_search_locations)
@@ -83,7 +83,12 @@ def k_diffusion() -> dict:
     utils.append_dims = lambda x, n: x[(...,) + (None,) * (n - x.ndim)]
     package.utils = utils
     sys.modules |= {"k_diffusion": package, "k_diffusion.utils": utils}
-    k = importlib.import_module("k_diffusion.sampling")
+    return importlib.import_module("k_diffusion.sampling")
+
+
+def k_diffusion() -> dict:
+    """Samplers on a VE state, over the sigmas; none of them ends at zero here."""
+    k = peer_of_k_diffusion()
     sigmas, cases = torch.from_numpy(SIGMAS), {}
 
     def add(name, f, grid=SIGMAS, stochastic=False, **options):
