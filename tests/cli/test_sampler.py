@@ -25,7 +25,7 @@ def test_the_default_is_the_rule():
 
 def test_a_grid_that_is_given_is_used():
     got = build.solver(config.Sampler(steps=30, grid="karras"), EDM)
-    same(got, solvers.angle_abm(EDM, times.karras(EDM, 30), 6, 6, middle=(0.2, 2.5), ends=(4, 5)))
+    same(got, solvers.angle_abm(EDM, times.karras(EDM, 30), 6, 6, middle=(0.1, 4.0), ends=(4, 5)))
     other = build.solver(config.Sampler(solver="dpmpp_2m", steps=6), EDM)
     same(other, solvers.CATALOGUE["dpmpp_2m"].build(EDM, times.karras(EDM, 6)))
 

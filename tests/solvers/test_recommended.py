@@ -52,7 +52,8 @@ def test_beats_the_best_measured_peer(n, bar, ends):
 
 
 def textbook(predict, alpha, sigma, x, order, corrector, c, middle=(0.0, np.inf), ends=None):
-    """The scheme in y and theta, step by step: Lagrange polynomials through D = d / sin(theta), integrated by brute force."""
+    """The scheme in y and theta, step by step: polynomials in sigma / (c alpha + sigma) through D = d / sin(theta)."""
+    time = lambda angle: np.tan(angle) / (1 + np.tan(angle))
     theta, r = np.arctan2(sigma, c * alpha), np.hypot(c * alpha, sigma)
     q, w = np.polynomial.legendre.leggauss(40)
 
@@ -63,7 +64,7 @@ def textbook(predict, alpha, sigma, x, order, corrector, c, middle=(0.0, np.inf)
         for t, v in zip(nodes, values, strict=True):
             basis = np.ones_like(points)
             for o in nodes:
-                basis = basis * (1.0 if o == t else (points - o) / (t - o))
+                basis = basis * (1.0 if o == t else (time(points) - time(o)) / (time(t) - time(o)))
             through = through + v[None] * basis[:, None, None]
         return y - ((b - a) / 2 * w * np.sin(points)).dot(through.reshape(len(q), -1)).reshape(y.shape)
 

@@ -63,7 +63,9 @@ def float32_errors():
 def test_float32_error_falls_to_its_floor_and_stays(name, float32_errors):
     e = float32_errors[name]
     least = np.minimum.accumulate(e)
-    floor = 1e-6  # about eight roundings of a state of this size
+    floor = (
+        1.5e-6  # about a dozen roundings of a state of this size: 0.9e-6 to 2.6e-6 by chance, with 50 steps as with 200
+    )
     assert np.all(e[1:] < 2 * np.maximum(least[:-1], floor)), e
     assert e[-1] < (0.05 if CATALOGUE[name].order == 1 else 2e-3)
 
