@@ -137,8 +137,8 @@ def _weights(xp: Any, start: Any, end: Any, nodes: list[Any], use: list[Any], fl
 
 # Heights of the density of `times.curvature` at these numbers of evaluations, between them linear in log(evaluations).
 # Chosen on random mixtures in 2 to 32 dimensions for the smallest errors over the best peer's of which four trained networks
-# are nearer to their fine trajectory than with the best other method; those of experiments/benchmarks are others. Networks
-# are rough in log-SNR on a scale of about 1/8 everywhere, so that steps at the ends must not be long.
+# are nearer to their fine trajectory than with the best other method (CMA-ES; those of experiments/benchmarks are others).
+# Networks are rough in log-SNR on a scale of about 1/8 everywhere, so that steps at the ends must not be long.
 EVALUATIONS = (5, 8, 10, 15, 20, 30, 50, 100)
 HEIGHTS = np.array([
     [-2.574, -0.339, 1.846, 0.178, 0.719, 0.983, -0.887, -0.296],

@@ -205,6 +205,13 @@ def exact_ends(m: Any, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return at(solver_accuracy.PROCESS), at(processes.ve(1e-5, HIGH))
 
 
+def dumped(report: dict[str, Any]) -> str:
+    """JSON with a line for each problem."""
+    best = lambda d: ",\n".join(f"  {json.dumps(row)}" for row in report[d]["best"])
+    parts = [f'"{d}": {{"pooled": {json.dumps(report[d]["pooled"])},\n "best": [\n{best(d)}]}}' for d in report]
+    return "{" + ",\n".join(parts) + "}\n"
+
+
 def main() -> None:
     """Measure all problems."""
     chosen, report = peers(), {}
@@ -226,7 +233,7 @@ def main() -> None:
         pooled = {n: {k: float(np.sqrt(np.mean(v))) for k, v in by.items()} for n, by in squared.items()}
         top = {str(n): min(by.items(), key=lambda kv: np.nan_to_num(kv[1], nan=np.inf)) for n, by in pooled.items()}
         report[str(d)] = {"best": best, "pooled": {n: [k, float(f"{v:.4g}")] for n, (k, v) in top.items()}}
-    OUT.write_text(json.dumps(report, indent=1) + "\n")
+    OUT.write_text(dumped(report))
 
 
 if __name__ == "__main__":
